@@ -1,0 +1,298 @@
+#!/usr/bin/env bash
+# Start, stop and look after the deployment.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/lib.sh
+source scripts/lib.sh
+
+readonly INSTALL_GB=8
+
+usage() {
+  cat <<'EOF'
+usage: ./deploy.sh VERB [options]
+
+  start [--demo] [--timeout S]    bring every model up and wait until all are ready
+                                  --demo: four small models that need neither a GPU nor a download of weights
+                                  --timeout: give up waiting after S seconds (default 1800); the models go on
+                                  --native: in a virtual environment on this machine (the only way so far)
+  stop                            end all; requests in flight are finished first
+  restart [MODEL]                 all of it, or one model
+  status [--json]                 what runs; exit code 0 when all is ready, 3 when not
+  logs [MODEL] [--follow] [--lines N]
+                                  what a model (or router) wrote last; without MODEL, all
+  health                          the router's own report; exit code 0 when healthy
+  check                           is the configuration right, and can this machine run it?
+  clean [--force]                 stop, and remove .venv, run/ and models/demo; configuration, key and weights stay
+  help                            this text
+
+examples:
+  ./deploy.sh start --demo        first look, on any machine
+  ./deploy.sh start               the models of config/models.json
+  ./deploy.sh logs chat --follow
+  ./deploy.sh restart embedding
+EOF
+}
+
+main() {
+  local verb=${1:-help}
+  shift || true
+  case $verb in
+    start | stop | restart | status | logs | health | check | clean) "verb_$verb" "$@" ;;
+    help | -h | --help) usage ;;
+    *)
+      usage >&2
+      exit 2
+      ;;
+  esac
+}
+
+verb_start() {
+  local config=config/models.json timeout=1800
+  while (($#)); do
+    case $1 in
+      --demo) config=config/models.demo.json ;;
+      --timeout)
+        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--timeout wants a number of seconds"
+        timeout=$2
+        shift
+        ;;
+      --native) ;;
+      --docker) die "running in Docker is not there yet; leave --docker out to run natively" ;;
+      *) wrong_usage "$1" ;;
+    esac
+    shift
+  done
+  config=$(realpath "$(home)/$config")
+  lock
+  # Not with &&, which would switch `set -e` off inside.
+  if is_running; then
+    already_running "$config" "$timeout"
+    return
+  fi
+  trap 'interrupted' INT TERM
+  pre_flight "$config"
+  if needs_vllm "$config"; then install_vllm; fi
+  if is_demo "$config"; then make_demo_models; fi
+  cli --config "$config" check --machine >/dev/null
+  launch "$config"
+  unlock
+  wait_until_ready "$timeout"
+  trap - INT TERM
+  say
+  cli welcome
+}
+
+verb_stop() {
+  (($# == 0)) || wrong_usage "$1"
+  stop
+}
+
+stop() {
+  lock
+  if ! is_running; then
+    remove_state
+    say "not running"
+    return
+  fi
+  stop_all
+  say "stopped"
+}
+
+verb_restart() {
+  (($# <= 1)) || wrong_usage "$2"
+  is_running || die "not running; start it with ./deploy.sh start"
+  if (($# == 0)); then
+    local config
+    config=$(<"$(home)/run/config")
+    cli --config "$config" check --machine
+    stop
+    if is_demo "$config"; then verb_start --demo; else verb_start; fi
+    return
+  fi
+  lock
+  known_model "$1"
+  cli --config "$(<"$(home)/run/config")" check
+  say "restarting $1"
+  supervisorctl restart "engines:$1" >/dev/null
+  cli wait
+}
+
+verb_status() {
+  installed
+  cli status "$@"
+}
+
+verb_logs() {
+  local names=() lines=50 follow=()
+  while (($#)); do
+    case $1 in
+      -f | --follow) follow=(-F) ;;
+      --lines)
+        [[ ${2:-} =~ ^[0-9]+$ ]] || die "--lines wants a number"
+        lines=$2
+        shift
+        ;;
+      -*) wrong_usage "$1" ;;
+      *) names+=("$1") ;;
+    esac
+    shift
+  done
+  local folder name files=()
+  folder=$(home)/run/logs
+  for name in "${names[@]}"; do
+    [[ $name =~ ^[A-Za-z0-9_-]+$ && -f $folder/$name.log ]] ||
+      die "no log of \"$name\"; there are: $(log_names "$folder")"
+    files+=("$folder/$name.log")
+  done
+  if ((${#files[@]} == 0)); then
+    for name in $(log_names "$folder"); do files+=("$folder/$name.log"); done
+  fi
+  ((${#files[@]})) || die "no logs yet; start it with ./deploy.sh start"
+  tail -n "$lines" "${follow[@]}" "${files[@]}"
+}
+
+verb_health() {
+  (($# == 0)) || wrong_usage "$1"
+  installed
+  cli health
+}
+
+verb_check() {
+  (($# == 0)) || wrong_usage "$1"
+  install_package
+  cli check --machine
+}
+
+verb_clean() {
+  [[ $# == 0 || ($# == 1 && $1 == --force) ]] || wrong_usage "${2:-$1}"
+  local targets=("$VENV" "$(home)/run" "$(home)/models/demo")
+  say "removes: ${targets[*]}"
+  say "keeps:   configuration, .env, all other models"
+  if [[ ${1:-} != --force ]]; then
+    [[ -t 0 ]] || die "asks before it removes; say --force where nobody can answer"
+    local answer
+    read -r -p "Go on? [y/N] " answer
+    [[ $answer == [yY]* ]] || die "nothing was removed"
+  fi
+  lock
+  if is_running; then stop_all; fi
+  rm -rf -- "${targets[@]}"
+  say "removed"
+}
+
+# --- the parts of start, in their order ---
+
+already_running() { # CONFIG TIMEOUT
+  local running report
+  running=$(<"$(home)/run/config")
+  [[ $running == "$1" ]] || die "already running with $running; ./deploy.sh stop ends it first"
+  unlock
+  if report=$(cli status); then
+    say "already running and ready; nothing to do"
+    say "$report"
+  else
+    say "already running; waiting until it is ready"
+    wait_until_ready "$2"
+  fi
+}
+
+# Everything that can be known before anything large is installed or started.
+pre_flight() { # CONFIG
+  say "Pre-flight. Nothing is started yet."
+  [[ $(uname -s) == Linux ]] || die "runs on Linux; this is $(uname -s)"
+  if needs_vllm "$1" && ! is_installed vllm "$(runtime_wanted)"; then
+    local free
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+    ((free >= INSTALL_GB)) || die "the installation needs $INSTALL_GB GB in $PWD, $free GB are free"
+  fi
+  install_package
+  local except=()
+  is_demo "$1" && except=(--except-weights)
+  if ! cli --config "$1" check --machine "${except[@]}"; then
+    is_demo "$1" || say "To see it work without a GPU and without weights: ./deploy.sh start --demo" >&2
+    exit 1
+  fi
+  cli --config "$1" plan
+}
+
+is_demo() { [[ $1 == *.demo.json ]]; } # CONFIG
+
+# Not where .env names another program; the demonstration's models are made with it in any case.
+needs_vllm() { # CONFIG
+  is_demo "$1" || {
+    [[ -z ${VLLM_UNIFIED_ENGINE_PROGRAM:-} ]] && ! grep -qs '^VLLM_UNIFIED_ENGINE_PROGRAM=.' "$(home)/.env"
+  }
+}
+
+launch() { # CONFIG
+  cli init >/dev/null
+  cli --config "$1" render >/dev/null
+  LAUNCHED=yes
+  # In a session of its own, and without the lock that we hold.
+  setsid "$VENV/bin/supervisord" -c "$(home)/run/supervisord.conf" 9>&-
+}
+
+wait_until_ready() { # TIMEOUT
+  cli wait --timeout "$1" || {
+    [[ $? == 130 ]] && interrupted
+    say "The models go on trying. ./deploy.sh status, ./deploy.sh logs NAME and ./deploy.sh stop work meanwhile." >&2
+    exit 1
+  }
+}
+
+interrupted() {
+  trap '' INT TERM
+  say
+  [[ -z ${STEP_PID:-} ]] || kill -- "-$STEP_PID" 2>/dev/null || true
+  if [[ -n ${LAUNCHED:-} ]]; then
+    say "interrupted; stopping what was started"
+    stop_all
+  elif is_running; then
+    say "interrupted; the deployment goes on, ./deploy.sh stop ends it"
+    exit 130
+  fi
+  say "nothing is left running"
+  exit 130
+}
+
+# --- the running deployment ---
+
+supervisorctl() { "$VENV/bin/supervisorctl" -c "$(home)/run/supervisord.conf" "$@"; }
+is_running() { [[ -S $(home)/run/supervisor.sock ]] && supervisorctl pid >/dev/null 2>&1; }
+
+stop_all() {
+  local pid
+  pid=$(supervisorctl pid 2>/dev/null) || pid=
+  if [[ -n $pid ]]; then
+    supervisorctl shutdown >/dev/null || true
+    # Where nobody collects it, an ended process stays a zombie.
+    while [[ -e /proc/$pid ]] && ! grep -qs '^State:.Z' "/proc/$pid/status"; do sleep 0.2; done
+  fi
+  remove_state
+}
+
+# Only when supervisord is gone: nobody holds a lock then, and no state is true any more.
+remove_state() {
+  local run
+  run=$(home)/run
+  rm -rf -- "$run/engines" "$run/locks" "$run/supervisor.sock" "$run/supervisord.pid" "$run/config"
+}
+
+# One deploy.sh at a time changes something. The lock is on the folder itself, so none is left behind.
+lock() {
+  (umask 077 && mkdir -p "$(home)/run")
+  exec 9<"$(home)/run"
+  flock -n 9 || die "another ./deploy.sh is at work here; wait for it, or end it with Ctrl-C where it runs"
+}
+unlock() { exec 9<&-; }
+
+installed() { [[ -x $VENV/bin/vllm-unified ]] || die "not installed yet; ./deploy.sh start does it"; }
+known_model() { supervisorctl status "engines:$1" >/dev/null || (($? == 3)) || die "no model \"$1\" runs here; see ./deploy.sh status"; }
+log_names() { find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
+wrong_usage() {
+  printf 'deploy.sh: what is "%s"?\n\n' "$1" >&2
+  usage >&2
+  exit 2
+}
+
+main "$@"

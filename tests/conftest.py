@@ -1,0 +1,79 @@
+"""A project folder that a test fills, and ports that nobody uses."""
+
+import contextlib
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_unified.settings import Settings, load
+
+CHECKOUT = Path(__file__).parents[1]
+FAKE_ENGINE = f"{sys.executable} {CHECKOUT / 'tests' / 'fake_engine.py'}"
+API_KEY = "sk-of-the-tests"
+
+
+@dataclass
+class Project:
+    """A folder with config/, .env and run/."""
+
+    home: Path
+
+    @property
+    def file(self) -> Path:
+        return self.home / "config" / "models.json"
+
+    def write(self, models: Any, **sections: Any) -> None:
+        """`models` as in models.json, or the whole text of the file."""
+        text = models if isinstance(models, str) else json.dumps({"models": models, **sections})
+        self.file.write_text(text, encoding="utf-8")
+
+    def write_defaults(self, text: str) -> None:
+        (self.home / "config" / "vllm_config.yaml").write_text(text, encoding="utf-8")
+
+    def load(self, environ: Mapping[str, str] | None = None) -> Settings:
+        return load(self.file, self.home, environ or {})
+
+    def model_folder(self, key: str) -> None:
+        folder = self.home / "models" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    home = tmp_path / "project"
+    (home / "config").mkdir(parents=True)
+    return Project(home)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def listening(port: int) -> Iterator[None]:
+    """A stranger on the port."""
+    with socket.socket() as stranger:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        stranger.bind(("127.0.0.1", port))
+        stranger.listen()
+        yield
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """The first true value of `condition`; fails with its last value when none comes in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"did not come true in {seconds} s; last: {value!r}"
+        time.sleep(0.05)
+    return value

@@ -1,0 +1,189 @@
+"""The four demonstration models on the real vLLM, through the router and on their own ports.
+
+The tests run in their order: the last one stops the deployment.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.conftest import API_KEY, CHECKOUT, eventually
+from tests.engine.conftest import Demo
+from vllm_unified.settings import flags
+
+QUESTION = "What is the capital of France?"
+PARIS, BERLIN, BANANAS = "Paris is the capital of France.", "Berlin is a large city.", "Bananas are yellow."
+HEADERS = {"authorization": f"Bearer {API_KEY}"}
+
+
+def messages(content: Any) -> Any:
+    return [{"role": "user", "content": content}]
+
+
+def picture() -> str:
+    image = Image.new("RGB", (640, 400), "white")
+    ImageDraw.Draw(image).text((40, 40), "Invoice 2026", fill="black")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+
+def test_all_four_are_ready(demo: Demo) -> None:
+    document = demo.status()
+    assert document["ready"]
+    assert {key: each["state"] for key, each in document["models"].items()} == dict.fromkeys(
+        ("chat", "embedding", "rerank", "ocr"), "ready"
+    )
+    assert demo.run("health").returncode == 0
+    starts = {key: each["ready_after"] for key, each in document["models"].items()}
+    print("seconds from start to ready:", starts)
+
+
+def test_what_start_prints_works_as_pasted(demo: Demo) -> None:
+    pasted = demo.printed[demo.printed.index("curl ") : demo.printed.index("Next:")]
+    answer = json.loads(subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True).stdout)
+    assert [each["index"] for each in answer["results"]] == [1, 0]
+
+
+@pytest.mark.parametrize("door", ["router", "own"])
+class TestThrough:
+    """`own`: the model's own port."""
+
+    def test_chat(self, demo: Demo, door: str) -> None:
+        with demo.client("chat" if door == "own" else "router") as client:
+            answer = client.chat.completions.create(
+                model="demo-chat", messages=messages("Hello 你好"), max_tokens=8, extra_body={"ignore_eos": True}
+            )
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 8
+            assert answer.model == "demo-chat"
+            asked: dict[str, Any] = {"model": "demo-chat", "messages": messages("Hello"), "max_tokens": 64}
+            pieces = list(client.chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}))
+            assert len(pieces) > 8
+            assert pieces[-1].choices[0].finish_reason == "length"
+            completion = client.completions.create(model="demo-chat", prompt="One", max_tokens=3)
+            assert completion.usage is not None
+            assert completion.usage.prompt_tokens > 0
+
+    def test_embeddings(self, demo: Demo, door: str) -> None:
+        with demo.client("embedding" if door == "own" else "router") as client:
+            answer = client.embeddings.create(model="demo-embedding", input=[QUESTION, PARIS, BANANAS])
+        question, paris, bananas = (each.embedding for each in answer.data)
+        assert len(question) == 384
+        assert cosine(question, paris) > 0.7
+        assert cosine(question, bananas) < 0.2
+
+    def test_rerank(self, demo: Demo, door: str) -> None:
+        url = demo.url("rerank" if door == "own" else "router")
+        body = {"model": "demo-rerank", "query": QUESTION, "documents": [BANANAS, BERLIN, PARIS]}
+        results = httpx.post(f"{url}/rerank", json=body, headers=HEADERS).json()["results"]
+        assert [each["index"] for each in results] == [2, 1, 0]
+        assert results[0]["relevance_score"] > 0.7
+        body = {"model": "demo-rerank", "text_1": QUESTION, "text_2": [BANANAS, PARIS]}
+        scores = [each["score"] for each in httpx.post(f"{url}/score", json=body, headers=HEADERS).json()["data"]]
+        assert scores[1] > 0.7 > scores[0]
+
+    def test_an_image(self, demo: Demo, door: str) -> None:
+        content = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "Read this."}]
+        with demo.client("ocr" if door == "own" else "router") as client:
+            answer = client.chat.completions.create(model="demo-ocr", messages=messages(content), max_tokens=8)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens > 64, "the image has 64 tokens of its own"
+        assert answer.choices[0].message.content
+
+    def test_the_key_is_required(self, demo: Demo, door: str) -> None:
+        url = demo.url("chat" if door == "own" else "router")
+        assert httpx.post(f"{url}/chat/completions", json={"model": "demo-chat"}).status_code == 401
+
+
+def test_the_engines_own_error_passes(demo: Demo) -> None:
+    body = {"model": "demo-chat", "messages": messages("x"), "temperature": -1}
+    through = httpx.post(f"{demo.url('router')}/chat/completions", json=body, headers=HEADERS)
+    direct = httpx.post(f"{demo.url('chat')}/chat/completions", json=body, headers=HEADERS)
+    assert through.status_code == direct.status_code == 400
+    assert through.content == direct.content
+    assert "x-error-source" not in through.headers
+
+
+def test_a_client_that_leaves_frees_the_engine(demo: Demo) -> None:
+    def running() -> float:
+        with urllib.request.urlopen(f"{demo.url('chat').removesuffix('/v1')}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:num_requests_running{"))
+
+    body = {"model": "demo-chat", "messages": messages("x"), "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with (
+        httpx.Client() as client,
+        client.stream("POST", f"{demo.url('router')}/chat/completions", json=body, headers=HEADERS) as answer,
+    ):
+        next(answer.iter_raw())
+        assert running() == 1
+    eventually(lambda: running() == 0, 3)
+
+
+def test_show_prints_what_runs(demo: Demo) -> None:
+    config = str(demo.home / "config" / "models.demo.json")
+    command = [sys.executable, "-m", "vllm_unified", "--config", config, "show", "chat"]
+    shown = subprocess.run(command, env=demo.environ, capture_output=True, text=True, check=True).stdout
+    running = psutil.Process(demo.status()["models"]["chat"]["pid"]).cmdline()
+    assert " ".join(running[1:]) in shown.replace("'", "")
+
+
+def test_the_list_of_flags_is_that_of_the_installed_vllm() -> None:
+    program = "import json; from scripts.list_vllm_flags import installed_flags; print(json.dumps(installed_flags()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    installed = json.loads(done.stdout.splitlines()[-1])
+    assert flags.known() == installed, "run scripts/list_vllm_flags.py"
+
+
+def test_a_killed_api_server_comes_back_and_leaves_no_orphan(demo: Demo) -> None:
+    before = demo.status()["models"]["rerank"]
+    group = [each for each in psutil.process_iter() if os.getpgid(each.pid) == before["pid"]]
+    assert len(group) >= 3
+    os.kill(before["pid"], signal.SIGKILL)
+    with demo.client("router") as client:
+        eventually(lambda: not any(each.is_running() for each in group), 10)
+        refused = httpx.post(
+            f"{demo.url('router')}/rerank",
+            json={"model": "demo-rerank", "query": "x", "documents": ["y"]},
+            headers=HEADERS,
+        )
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert client.embeddings.create(model="demo-embedding", input="x").data, "the others go on"
+    eventually(lambda: demo.status()["models"]["rerank"]["state"] == "ready", 180)
+    after = demo.status()["models"]["rerank"]
+    assert after["restarts"] == before["restarts"] + 1
+    assert after["pid"] != before["pid"]
+
+
+def test_stop_leaves_nothing(demo: Demo) -> None:
+    group = [demo.status()["models"][key]["pid"] for key in ("chat", "embedding", "rerank", "ocr")]
+    states = [json.loads(path.read_text()) for path in (demo.home / "run" / "engines").iterdir()]
+    assert demo.run("stop").returncode == 0
+    for process in psutil.process_iter():
+        try:
+            assert os.getpgid(process.pid) not in group
+            assert process.environ().get("VLLM_UNIFIED_HOME") != str(demo.home)
+        except (psutil.Error, ProcessLookupError):
+            continue
+    left = {path.name for path in (demo.home / "run").iterdir()}
+    assert left <= {"logs", "cache", "supervisord.conf"}
+    assert not any(Path(state["scratch"]).exists() for state in states)

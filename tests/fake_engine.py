@@ -1,0 +1,135 @@
+"""A stand-in for vLLM's server: takes its flags, answers its paths, and misbehaves on request.
+
+Nothing of vLLM or of this project is imported. FAKE_ENGINE, a JSON object in the environment, says how it
+behaves; every field may be left out:
+
+    ready_after: seconds before /health answers        children: processes it starts in its own group
+    children_in_sessions: processes that leave it
+    fail: message to print before it exits with 1      fail_after: seconds after it is ready
+    ignore_sigterm: true                               chunk_seconds: pause between the chunks of a stream
+    hang: true, so that POST requests are never answered
+    break_stream: chunks after which a stream's connection is cut
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
+WORDS = ["One ", "word ", "after ", "the ", "other."]
+# What the engine saw, for tests to ask: GET /seen
+SEEN: dict[str, Any] = {"cancelled": 0, "requests": []}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self.answer(200, {})
+        elif self.path == "/seen":
+            self.answer(200, SEEN)
+        else:
+            self.answer(404, {"error": {"message": "fake engine: no such path"}})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", "0")))
+        SEEN["requests"].append({"path": self.path, "headers": dict(self.headers), "bytes": len(body)})
+        key = os.environ.get("VLLM_API_KEY")
+        if key and self.headers.get("authorization") != f"Bearer {key}":
+            self.answer(401, {"error": {"message": "fake engine: wrong key"}})
+            return
+        if BEHAVIOUR.get("hang"):
+            self.wait_for_client_to_leave()
+            return
+        request = json.loads(body)
+        if request.get("stream"):
+            self.stream()
+        else:
+            self.answer(200, {"path": self.path, "model": request.get("model"), "echo": request})
+
+    def answer(self, status: int, document: Any) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def stream(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream; charset=utf-8")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        try:
+            for number, word in enumerate(WORDS):
+                if number == BEHAVIOUR.get("break_stream"):
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
+                    return
+                event = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": word}}]}
+                self.chunk(f"data: {json.dumps(event)}\n\n".encode())
+                time.sleep(BEHAVIOUR.get("chunk_seconds", 0.01))
+            self.chunk(b"data: [DONE]\n\n")
+            self.chunk(b"")
+        except OSError:
+            SEEN["cancelled"] += 1
+            self.close_connection = True
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def wait_for_client_to_leave(self) -> None:
+        try:
+            while self.connection.recv(1):
+                pass
+        except OSError:
+            pass
+        SEEN["cancelled"] += 1
+        self.close_connection = True
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    arguments, others = parser.parse_known_args()
+    print("fake engine:", json.dumps(others), flush=True)
+    for _ in range(BEHAVIOUR.get("children", 0)):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    for _ in range(BEHAVIOUR.get("children_in_sessions", 0)):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    if BEHAVIOUR.get("ignore_sigterm"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(BEHAVIOUR.get("ready_after", 0))
+    if "fail" in BEHAVIOUR and "fail_after" not in BEHAVIOUR:
+        sys.exit(BEHAVIOUR["fail"])
+    if "fail_after" in BEHAVIOUR:
+        threading.Timer(BEHAVIOUR["fail_after"], fail).start()
+    Server((arguments.host, arguments.port), Handler).serve_forever()
+
+
+def fail() -> None:
+    print(BEHAVIOUR.get("fail", "RuntimeError: as asked"), flush=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

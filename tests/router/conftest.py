@@ -1,0 +1,92 @@
+"""The real router in a process of its own, in front of fake engines in theirs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import API_KEY, CHECKOUT, Project, eventually, free_port
+
+
+class Deployment:
+    """Engines by key, each with the behaviour that the test asks for; `None`: configured but not started."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.ports: dict[str, int] = {}
+
+    def start(self, models: dict[str, dict[str, Any]], **router: Any) -> None:
+        """`models`: key → fields of the entry, and under `fake` how its engine behaves."""
+        self.ports = {key: free_port() for key in ("router", *models)}
+        fake = {key: fields.pop("fake", {}) for key, fields in models.items()}
+        entries = {key: {"name": key, "port": self.ports[key], **fields} for key, fields in models.items()}
+        settings = {"port": self.ports["router"], "health_check_interval": 0.2, **router}
+        self.project.write(entries, router=settings, system={"drain_timeout": 1})
+        for key, behaviour in fake.items():
+            if behaviour is not None:
+                self.start_engine(key, behaviour)
+        environ = {**os.environ, "VLLM_UNIFIED_HOME": str(self.project.home), "VLLM_API_KEY": API_KEY}
+        self.processes["router"] = subprocess.Popen(
+            [sys.executable, "-m", "vllm_unified", "router"], env=environ, cwd=CHECKOUT, stderr=subprocess.DEVNULL
+        )
+        with self.client() as client:
+            eventually(lambda: is_alive(client))
+            running = [key for key, behaviour in fake.items() if behaviour is not None]
+            eventually(lambda: all(self.service(client, key)["status"] == "healthy" for key in running))
+
+    def start_engine(self, key: str, behaviour: dict[str, Any]) -> None:
+        environ = {**os.environ, "VLLM_API_KEY": API_KEY, "FAKE_ENGINE": json.dumps(behaviour)}
+        self.processes[key] = subprocess.Popen(
+            [sys.executable, str(CHECKOUT / "tests" / "fake_engine.py"), "--port", str(self.ports[key])],
+            env=environ,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def stop_engine(self, key: str) -> None:
+        process = self.processes.pop(key)
+        process.kill()
+        process.wait()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['router']}"
+
+    def client(self, key: str | None = API_KEY, **options: Any) -> httpx.Client:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20, **options)
+
+    def service(self, client: httpx.Client, key: str) -> dict[str, Any]:
+        services: dict[str, dict[str, Any]] = client.get("/health").json()["services"]
+        return services[key]
+
+    def seen(self, key: str) -> dict[str, Any]:
+        """What the engine itself saw."""
+        answer: dict[str, Any] = httpx.get(f"http://127.0.0.1:{self.ports[key]}/seen").json()
+        return answer
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            process.wait(20)
+
+
+def is_alive(client: httpx.Client) -> bool:
+    try:
+        return client.get("/live").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture
+def deployment(project: Project) -> Iterator[Deployment]:
+    started = Deployment(project)
+    yield started
+    started.stop()

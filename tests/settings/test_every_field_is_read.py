@@ -1,0 +1,211 @@
+"""A field, key or variable that nothing reads is a defect. Here each one is changed, and something else changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.conftest import API_KEY, CHECKOUT, Project
+from vllm_unified import machine
+from vllm_unified.devices import GIB, Device
+from vllm_unified.engines import placement
+from vllm_unified.engines.command import engine_command
+from vllm_unified.router.app import create_app
+from vllm_unified.settings import Settings, load
+from vllm_unified.settings.environment import OWN_VARIABLES
+from vllm_unified.settings.schema import EngineDefaults, ModelEntry, ModelsFile, RouterSettings, SystemSettings
+from vllm_unified.supervision.conf import supervisord_conf
+
+GPUS = [Device(index, "cuda", "test", str(index), 80 * GIB, 80 * GIB) for index in range(4)]
+BASE = {"name": "a", "type": "chat"}
+Effect = Callable[[Settings], Any]
+
+
+def command(settings: Settings) -> list[str]:
+    return list(engine_command(settings, placement.plan(settings, GPUS).of(settings.models[0].key)).argv)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    return dict(engine_command(settings, placement.plan(settings, GPUS).of(settings.models[0].key)).environment)
+
+
+def devices(settings: Settings) -> list[str]:
+    return [device.label for device in placement.plan(settings, GPUS).of("chat").devices]
+
+
+def served(settings: Settings) -> list[str]:
+    return [model.key for model in settings.models]
+
+
+def remedy(settings: Settings) -> list[str]:
+    """What `check --machine` says of weights that are not there."""
+    return [str(problem) for problem in machine.missing_weights(settings)]
+
+
+def patience(settings: Settings) -> float:
+    return settings.startup_timeout(settings.models[0])
+
+
+def routed(settings: Settings) -> Any:
+    application = create_app(settings)
+    return [each.kwargs for each in application.user_middleware]
+
+
+MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {
+    "name": ("b", command),
+    "type": ("embedding", command),
+    "path": ("/weights", command),
+    "port": (9009, command),
+    "enabled": (False, served),
+    "required": (False, lambda settings: [model.key for model in settings.models if model.required]),
+    "served_model_names": (["alias"], command),
+    "gpus": ([3], devices),
+    "gpu_memory_utilization": (0.5, command),
+    "max_model_len": (100, command),
+    "tensor_parallel_size": (2, command),
+    "pipeline_parallel_size": (2, command),
+    "dtype": ("float16", command),
+    "trust_remote_code": (True, command),
+    "repo": ("owner/name", remedy),
+    "revision": ("v1", remedy),
+    "source": ("modelscope", remedy),
+    "engine_args": ({"max-num-seqs": 3}, command),
+    "env": ({"A": "b"}, environment),
+    "startup_timeout": (5.0, patience),
+}
+
+
+def test_no_field_is_forgotten() -> None:
+    assert set(MODEL_FIELDS) == set(ModelEntry.model_fields)
+    assert set(ROUTER_FIELDS) == set(RouterSettings.model_fields)
+    assert set(SYSTEM_FIELDS) == set(SystemSettings.model_fields)
+    assert set(VARIABLES) == set(OWN_VARIABLES)
+    assert set(ModelsFile.model_fields) == {"schema_file", "models", "router", "system"}
+    assert set(EngineDefaults.model_fields) == {*SECTIONS, "env"}
+
+
+@pytest.mark.parametrize("field", MODEL_FIELDS)
+def test_a_models_field(project: Project, field: str) -> None:
+    value, effect = MODEL_FIELDS[field]
+    other = {"name": "other", "type": "rerank"}
+    base = {**BASE, "repo": "someone/model"} if field in ("revision", "source") else BASE
+    project.write({"chat": base, "other": other})
+    before = effect(project.load())
+    project.write({"chat": {**base, field: value}, "other": other})
+    assert effect(project.load()) != before
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"), [("cuda_device", {"gpus": [2]}), ("aliases", {"served_model_names": ["x"]})]
+)
+def test_an_older_name_says_the_same(project: Project, older: str, newer: dict[str, Any]) -> None:
+    (value,) = newer.values()
+    project.write({"chat": {**BASE, **newer}})
+    expected = project.load().models
+    for written in (value, "2", 2) if older == "cuda_device" else (value,):
+        project.write({"chat": {**BASE, older: written}})
+        assert project.load().models == expected
+
+
+# health_check_interval and max_body_mib are seen at work in tests/router.
+ROUTER_FIELDS: dict[str, tuple[Any, Effect]] = {
+    "port": (9000, lambda settings: settings.router_url),
+    "health_check_interval": (9.0, lambda settings: settings.router.health_check_interval),
+    "startup_timeout": (7.0, patience),
+    "max_body_mib": (1, lambda settings: settings.router.max_body_mib),
+}
+SYSTEM_FIELDS: dict[str, tuple[Any, Effect]] = {
+    "drain_timeout": (3.0, lambda settings: (command(settings), supervisord_conf(settings))),
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [*(("router", field) for field in ROUTER_FIELDS), *(("system", field) for field in SYSTEM_FIELDS)],
+)
+def test_a_field_of_router_and_system(project: Project, section: str, field: str) -> None:
+    value, effect = {**ROUTER_FIELDS, **SYSTEM_FIELDS}[field]
+    project.write({"chat": BASE})
+    before = effect(project.load())
+    project.write({"chat": BASE}, **{section: {field: value}})
+    assert effect(project.load()) != before
+
+
+VARIABLES: dict[str, tuple[str, Effect]] = {
+    "VLLM_ROUTER_HOST": ("::1", lambda settings: settings.router_url),
+    "VLLM_ENGINE_HOST": ("0.0.0.0", command),
+    "VLLM_ROUTER_PORT": ("9000", lambda settings: settings.router_url),
+    "VLLM_CHAT_PORT": ("9001", command),
+    "VLLM_EMBEDDING_PORT": ("9002", lambda settings: settings.models[1].port),
+    "VLLM_RERANK_PORT": ("9003", lambda settings: settings.models[2].port),
+    "VLLM_OCR_PORT": ("9004", lambda settings: settings.models[3].port),
+    "VLLM_API_KEY": ("sk-another", lambda settings: (environment(settings), routed(settings))),
+    "HF_TOKEN": ("hf_x", environment),
+    "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
+    "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
+}
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("stands_in", ["environment", ".env"])
+def test_a_variable(project: Project, variable: str, stands_in: str) -> None:
+    value, effect = VARIABLES[variable]
+    project.write({kind: {"name": kind, "type": kind, "port": port} for kind, port in PORTS.items()})
+    before = effect(project.load({"VLLM_API_KEY": API_KEY}))
+    if stands_in == ".env":
+        (project.home / ".env").write_text(f"VLLM_API_KEY={API_KEY}\n{variable}={value}\n")
+        after = effect(project.load())
+    else:
+        after = effect(project.load({"VLLM_API_KEY": API_KEY, variable: value}))
+    assert after != before
+
+
+PORTS = {"chat": 8001, "embedding": 8002, "rerank": 8003, "ocr": 8004}
+SECTIONS = ("server", "parallelism", "scheduler", "cache", "logging")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_of_vllm_config_yaml(project: Project, section: str) -> None:
+    project.write({"chat": BASE})
+    project.write_defaults(f"{section}:\n  max_num_seqs: 7\n  dtype: float32\nenv:\n  A: b\n")
+    argv = command(project.load())
+    assert argv[argv.index("--max-num-seqs") + 1] == "7"
+    assert argv[argv.index("--dtype") + 1] == "float32"
+    assert environment(project.load())["A"] == "b"
+
+
+def test_precedence(project: Project) -> None:
+    """Environment over the model's own field over vllm_config.yaml; null drops a default."""
+    project.write_defaults("cache:\n  gpu_memory_utilization: 0.5\nscheduler:\n  max_num_seqs: 7\nenv:\n  A: file\n")
+    project.write(
+        {
+            "chat": {
+                **BASE,
+                "port": 1,
+                "gpu_memory_utilization": 0.2,
+                "engine_args": {"max_num_seqs": None},
+                "env": {"A": "own"},
+            }
+        }
+    )
+    settings = project.load({"VLLM_CHAT_PORT": "2"})
+    argv = command(settings)
+    assert settings.models[0].port == 2
+    assert argv[argv.index("--gpu-memory-utilization") + 1] == "0.2"
+    assert "--max-num-seqs" not in argv
+    assert environment(settings)["A"] == "own"
+
+
+def test_the_process_wins_over_dot_env(project: Project) -> None:
+    project.write({"chat": BASE})
+    (project.home / ".env").write_text("VLLM_CHAT_PORT=2\nHF_ENDPOINT=https://mirror.example\n")
+    assert project.load({"VLLM_CHAT_PORT": "3"}).models[0].port == 3
+    assert project.load({"VLLM_CHAT_PORT": ""}).models[0].port == 2
+    assert environment(project.load())["HF_ENDPOINT"] == "https://mirror.example"
+
+
+@pytest.mark.parametrize("file", ["models.json", "models.demo.json"])
+def test_the_shipped_files_are_right(file: str) -> None:
+    settings = load(CHECKOUT / "config" / file, CHECKOUT, {})
+    assert [model.type for model in settings.models] == ["chat", "embedding", "rerank", "ocr"]
+    assert [model.port for model in settings.models] == [8001, 8002, 8003, 8004]

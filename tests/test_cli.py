@@ -1,0 +1,156 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import API_KEY, CHECKOUT, FAKE_ENGINE, Project, free_port, listening
+
+
+def run(project: Project, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    given = {
+        **os.environ,
+        "VLLM_UNIFIED_HOME": str(project.home),
+        "VLLM_UNIFIED_ENGINE_PROGRAM": FAKE_ENGINE,
+        **environ,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_unified", *arguments],
+        env={**given, "COLUMNS": "120"},
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def small(project: Project) -> Project:
+    ports = {"router": free_port(), "chat": free_port()}
+    chat = {"name": "c", "type": "chat", "port": ports["chat"], "engine_args": {"kv-cache-memory-bytes": "1M"}}
+    project.write({"chat": chat}, router={"port": ports["router"]})
+    project.model_folder("chat")
+    return project
+
+
+def test_check(small: Project) -> None:
+    done = run(small, "check", "--machine")
+    assert (done.stderr, done.stdout) == ("", "config/models.json: 1 model, nothing wrong\n")
+
+
+def test_a_users_error_is_a_line_and_exit_1(small: Project) -> None:
+    small.write({"chat": {"name": "a b", "type": "chat"}, "x": {"name": "x", "type": "y"}})
+    for command in (["check"], ["plan"], ["show", "chat"], ["render"], ["router"], ["engine", "chat"], ["status"]):
+        done = run(small, *command)
+        assert done.returncode == 1, command
+        assert done.stdout == ""
+        assert len(done.stderr.splitlines()) == 2
+        assert "Traceback" not in done.stderr
+    assert not (small.home / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["show", "nobody"], 1, 'config/models.json: no model "nobody"; there are chat'),
+        (["engine", "nobody"], 1, 'config/models.json: no model "nobody"; there are chat'),
+        (["engine", "chat"], 1, "VLLM_API_KEY is not set: `vllm-unified init` puts a random one into .env"),
+        (["router"], 1, "VLLM_API_KEY is not set: `vllm-unified init` puts a random one into .env"),
+        (["welcome"], 1, "VLLM_API_KEY is not set: `vllm-unified init` puts a random one into .env"),
+        (["--config", "/no/such.json", "check"], 1, "/no/such.json: no such file; name another with --config FILE"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["check", "--nonsense"], 2, "No such option"),
+    ],
+)
+def test_what_it_says_of_mistakes(small: Project, arguments: list[str], code: int, said: str) -> None:
+    done = run(small, *arguments)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_check_machine_names_everything(small: Project) -> None:
+    (small.home / "models" / "chat" / "config.json").unlink()
+    settings = small.load()
+    with listening(settings.models[0].port):
+        done = run(small, "check", "--machine")
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first.startswith(f"config/models.json: models.chat.path: {small.home}/models/chat: no config.json in it; ")
+    assert second.startswith(f"config/models.json: models.chat.port: port {settings.models[0].port} on 127.0.0.1: ")
+    assert f"(pid {os.getpid()})" in second
+
+
+@pytest.mark.parametrize(
+    ("fields", "command"),
+    [
+        ({"repo": "o/n"}, ".venv/bin/hf download o/n --local-dir"),
+        ({"repo": "o/n", "revision": "v1"}, ".venv/bin/hf download o/n --revision v1 --local-dir"),
+        ({"repo": "o/n", "source": "modelscope"}, ".venv/bin/modelscope download --model o/n --local_dir"),
+        ({}, "put the weights there, or say in `repo` where they come from"),
+    ],
+)
+def test_check_says_how_to_get_the_weights(project: Project, fields: dict[str, str], command: str) -> None:
+    project.write({"chat": {"name": "c", "type": "chat", "gpu_memory_utilization": 0.1, **fields}})
+    assert command in run(project, "check", "--machine").stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"), [("100%", "cannot run in a folder with %"), ("x" * 120, "too long a path for a Unix socket")]
+)
+def test_folders_that_supervisord_cannot_run_in(small: Project, folder: str, said: str) -> None:
+    moved = Project(small.home.rename(small.home.with_name(folder)))
+    assert said in run(moved, "check", "--machine").stderr
+
+
+def test_plan(small: Project) -> None:
+    document = json.loads(run(small, "plan", "--json").stdout)
+    (device,) = document["devices"]
+    assert device["asked_bytes"] == device["models"]["chat"] > 2 << 30
+    assert "chat" in run(small, "plan").stdout
+
+
+def test_show_can_be_pasted(small: Project) -> None:
+    shown = run(small, "show", "c", VLLM_API_KEY=API_KEY).stdout
+    assert API_KEY not in shown
+    assert f"--model {small.home}/models/chat --served-model-name c" in shown
+
+
+def test_render_and_init(small: Project) -> None:
+    assert run(small, "render").returncode == 0
+    assert "[program:chat]" in (small.home / "run" / "supervisord.conf").read_text()
+    assert run(small, "init").stdout.endswith("made an API key\n")
+    assert run(small, "init").stdout.endswith("has its API key already\n")
+
+
+def test_status_of_what_does_not_run(small: Project) -> None:
+    done = run(small, "status")
+    assert (done.returncode, done.stdout) == (3, "not running; start it with ./deploy.sh start\n")
+    done = run(small, "status", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 3
+    assert (document["running"], document["ready"]) == (False, False)
+    assert document["models"]["chat"]["state"] == "stopped"
+    assert run(small, "health").returncode == 3
+
+
+def test_a_key_goes_before_another_models_alias(small: Project) -> None:
+    cached = {"engine_args": {"kv-cache-memory-bytes": "1M"}}
+    main = {"name": "m", "type": "chat", "aliases": ["b"], **cached}
+    small.write({"main": main, "b": {"name": "x", "type": "ocr", **cached}})
+    assert "/models/b --served-model-name x" in run(small, "show", "b").stdout
+    assert "/models/main --served-model-name m b" in run(small, "show", "m").stdout
+
+
+def test_config_may_stand_before_the_command_and_behind_it(small: Project) -> None:
+    other = small.file.rename(small.file.with_name("other.json"))
+    for arguments in (["--config", str(other), "check"], ["check", "--config", str(other)]):
+        assert run(small, *arguments).stdout == "config/other.json: 1 model, nothing wrong\n"
+    assert run(small, "check", VLLM_UNIFIED_CONFIG=str(other)).returncode == 0
+    assert run(small, "check").returncode == 1
+
+
+def test_help_has_examples() -> None:
+    done = subprocess.run([sys.executable, "-m", "vllm_unified", "--help"], capture_output=True, text=True, check=True)
+    assert "vllm-unified check --machine" in done.stdout
+    assert "Exit codes: 0 done" in done.stdout

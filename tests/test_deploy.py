@@ -1,0 +1,266 @@
+"""deploy.sh in the native runtime, whole, with the fake engine in place of vLLM."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import CHECKOUT, FAKE_ENGINE, Project, eventually, free_port, listening
+
+DEPLOY = str(CHECKOUT / "deploy.sh")
+
+
+class Deployed:
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.environ = {
+            **os.environ,
+            "VLLM_UNIFIED_HOME": str(project.home),
+            "VLLM_UNIFIED_ENGINE_PROGRAM": FAKE_ENGINE,
+            "COLUMNS": "200",
+        }
+        self.ports = {key: free_port() for key in ("router", "chat", "embedding")}
+
+    def configure(self, **behaviours: dict[str, Any]) -> None:
+        entries = {
+            key: {
+                "name": f"the-{key}",
+                "type": key,
+                "port": self.ports[key],
+                "engine_args": {"kv-cache-memory-bytes": "1M"},
+                "env": {"FAKE_ENGINE": json.dumps(behaviours.get(key, {}))},
+            }
+            for key in ("chat", "embedding")
+        }
+        self.project.write(entries, router={"port": self.ports["router"], "health_check_interval": 0.2})
+        for key in entries:
+            self.project.model_folder(key)
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [DEPLOY, *arguments],
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def status(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
+        return document
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("VLLM_UNIFIED_HOME") == str(self.project.home) or (
+                    process.environ().get("VLLM_UNIFIED_ENGINE", "").startswith(f"{self.project.home}:")
+                ):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return [process for process in found if process.pid != os.getpid()]
+
+    def traces(self) -> set[str]:
+        """What a stopped deployment may leave is its logs, its caches and its configuration."""
+        return {path.name for path in (self.project.home / "run").iterdir()} - {"logs", "cache", "supervisord.conf"}
+
+
+@pytest.fixture
+def deployed(project: Project) -> Iterator[Deployed]:
+    each = Deployed(project)
+    yield each
+    each.run("stop")
+    eventually(lambda: not each.processes())
+
+
+def test_start_use_and_stop(deployed: Deployed) -> None:
+    deployed.configure()
+    started = deployed.run("start")
+    assert started.returncode == 0, started.stderr
+    assert "ready after" in started.stdout
+    key = (deployed.project.home / ".env").read_text().strip().removeprefix("VLLM_API_KEY=")
+    assert (deployed.project.home / ".env").stat().st_mode & 0o777 == 0o600
+
+    pasted = started.stdout[started.stdout.index("curl ") : started.stdout.index("Next:")]
+    answer = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True).stdout
+    assert json.loads(answer)["model"] == "the-embedding"
+    headers = {"authorization": f"Bearer {key}"}
+    for port in deployed.ports.values():
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        assert httpx.post(url, json={"model": "the-chat"}, headers=headers).status_code == 200
+
+    document = deployed.status()
+    assert (document["running"], document["ready"]) == (True, True)
+    assert {each["state"] for each in document["models"].values()} == {"ready"}
+    assert document["router"] == {"state": "running", "port": deployed.ports["router"]}
+    assert deployed.run("health").returncode == 0
+    assert deployed.run("check").returncode == 0
+    assert "ready" in deployed.run("status").stdout
+
+    again = deployed.run("start")
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "already running and ready; nothing to do")
+    assert deployed.status()["models"] == document["models"]
+    other = deployed.run("start", "--demo")
+    assert other.returncode == 1
+    assert "./deploy.sh stop ends it first" in other.stderr
+
+    stopped = deployed.run("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped\n")
+    assert deployed.processes() == []
+    assert deployed.traces() == set()
+    assert deployed.run("stop").stdout == "not running\n"
+    assert deployed.run("status").returncode == 3
+    assert (deployed.project.home / ".env").read_text().strip().endswith(key)
+
+
+def test_restart_of_one_model_and_of_all(deployed: Deployed) -> None:
+    deployed.configure()
+    assert deployed.run("start").returncode == 0
+    before = deployed.status()["models"]
+    assert deployed.run("restart", "chat").returncode == 0
+    after = deployed.status()["models"]
+    assert after["chat"]["pid"] != before["chat"]["pid"]
+    assert after["embedding"]["pid"] == before["embedding"]["pid"]
+    unknown = deployed.run("restart", "nobody")
+    assert (unknown.returncode, unknown.stderr) == (
+        1,
+        'deploy.sh: no model "nobody" runs here; see ./deploy.sh status\n',
+    )
+    assert deployed.run("restart").returncode == 0
+    assert deployed.status()["models"]["embedding"]["pid"] != before["embedding"]["pid"]
+
+
+def test_logs(deployed: Deployed) -> None:
+    deployed.configure()
+    assert "no logs yet" in deployed.run("logs").stderr
+    deployed.run("start")
+    assert "fake engine:" in deployed.run("logs", "chat").stdout
+    every = deployed.run("logs", "--lines", "3").stdout
+    assert all(f"/{name}.log" in every for name in ("chat", "embedding", "router", "supervisord"))
+    unknown = deployed.run("logs", "../../etc/passwd")
+    assert unknown.returncode == 1
+    assert 'no log of "../../etc/passwd"' in unknown.stderr
+    with subprocess.Popen([DEPLOY, "logs", "chat", "--follow"], env=deployed.environ, stdout=subprocess.PIPE) as follow:
+        assert follow.stdout is not None
+        assert follow.stdout.readline()
+        follow.send_signal(signal.SIGTERM)
+        for child in psutil.Process().children(recursive=True):
+            if child.name() == "tail":
+                child.terminate()
+
+
+def test_a_model_that_cannot_start_is_named_with_its_reason(deployed: Deployed) -> None:
+    deployed.configure(chat={"fail": "ValueError: too small a card"})
+    started = deployed.run("start")
+    assert started.returncode == 1
+    assert "not ready: chat: ValueError: too small a card (exit code 1)" in started.stderr
+    assert deployed.status()["models"]["embedding"]["state"] == "ready"
+    assert deployed.run("stop").returncode == 0
+    assert deployed.processes() == []
+
+
+def test_a_start_that_takes_too_long(deployed: Deployed) -> None:
+    deployed.configure(chat={"ready_after": 60})
+    started = deployed.run("start", "--timeout", "3")
+    assert started.returncode == 1
+    assert "not ready after 3 s: " in started.stderr
+    assert deployed.run("stop").returncode == 0
+    assert deployed.processes() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_nothing_half_started(deployed: Deployed, number: signal.Signals) -> None:
+    deployed.configure(chat={"ready_after": 60, "children": 2}, embedding={"ready_after": 60, "children": 2})
+    starting = subprocess.Popen(
+        [DEPLOY, "start"], env=deployed.environ, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    eventually(lambda: any("fake_engine" in " ".join(each.cmdline()) for each in deployed.processes()))
+    os.killpg(starting.pid, number)
+    output, _ = starting.communicate(timeout=30)
+    assert starting.returncode == 130
+    assert output.endswith("nothing is left running\n")
+    assert deployed.processes() == []
+    assert deployed.traces() == set()
+
+
+def test_two_starts_at_the_same_moment(deployed: Deployed) -> None:
+    deployed.configure(chat={"ready_after": 1})
+    both = [
+        subprocess.Popen(
+            [DEPLOY, "start"], env=deployed.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    ended = [(each.communicate(timeout=60), each.returncode) for each in both]
+    assert 0 in [code for _, code in ended]
+    for (_, said), code in ended:
+        assert code == 0 or "another ./deploy.sh is at work here" in said
+    assert deployed.status()["ready"]
+    assert len([each for each in deployed.processes() if "supervisord" in " ".join(each.cmdline())]) == 1
+
+
+def test_a_killed_supervisord_leaves_nothing_and_the_next_start_works(deployed: Deployed) -> None:
+    deployed.configure()
+    assert deployed.run("start").returncode == 0
+    pid = int((deployed.project.home / "run" / "supervisord.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not deployed.processes())
+    assert deployed.status()["running"] is False
+    assert deployed.run("start").returncode == 0
+    assert deployed.status()["ready"]
+
+
+def test_ready_means_the_router_too(deployed: Deployed) -> None:
+    deployed.configure()
+    assert deployed.run("start").returncode == 0
+    conf = str(deployed.project.home / "run" / "supervisord.conf")
+    supervisorctl = str(CHECKOUT / ".venv" / "bin" / "supervisorctl")
+    subprocess.run([supervisorctl, "-c", conf, "stop", "router"], check=True, stdout=subprocess.DEVNULL)
+    assert deployed.status()["ready"] is False
+    assert deployed.run("status").returncode == 3
+
+
+def test_refused_before_anything_is_started(deployed: Deployed) -> None:
+    deployed.configure()
+    shutil.rmtree(deployed.project.home / "models" / "chat")
+    with listening(deployed.ports["embedding"]):
+        started = deployed.run("start")
+    assert started.returncode == 1
+    lines = started.stderr.splitlines()
+    assert len(lines) == 3
+    assert "models.chat.path" in lines[0]
+    assert "models.embedding.port" in lines[1]
+    assert lines[2] == "To see it work without a GPU and without weights: ./deploy.sh start --demo"
+    assert deployed.processes() == []
+    assert not (deployed.project.home / ".env").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nonsense"], 2, "usage: ./deploy.sh VERB"),
+        (["start", "--nonsense"], 2, 'what is "--nonsense"?'),
+        (["start", "--timeout", "soon"], 1, "--timeout wants a number of seconds"),
+        (["start", "--docker"], 1, "running in Docker is not there yet"),
+        (["stop", "now"], 2, 'what is "now"?'),
+        (["clean"], 1, "say --force where nobody can answer"),
+    ],
+)
+def test_wrong_usage(deployed: Deployed, arguments: list[str], code: int, said: str) -> None:
+    done = deployed.run(*arguments)
+    assert done.returncode == code
+    assert said in done.stderr
+
+
+def test_help(deployed: Deployed) -> None:
+    for asked in (["help"], ["--help"], []):
+        assert "./deploy.sh start --demo" in deployed.run(*asked).stdout

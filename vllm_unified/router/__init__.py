@@ -1,0 +1,1 @@
+"""The one door: key, routing by model, streaming, health."""

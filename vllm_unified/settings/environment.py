@@ -1,0 +1,145 @@
+"""`.env` and the process environment. A variable of the process wins over the same one in `.env`."""
+
+import difflib
+import ipaddress
+import os
+import re
+import secrets
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from dotenv import dotenv_values, set_key
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from vllm_unified.errors import ConfigError, Problem
+from vllm_unified.settings.schema import Kind, Port
+
+
+class Environment(BaseModel):
+    """The variables that the deployment itself reads. Every other line of `.env` reaches the engines as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    router_host: str = Field(
+        default="127.0.0.1", alias="VLLM_ROUTER_HOST", description="address that the router listens on"
+    )
+    engine_host: str = Field(
+        default="127.0.0.1", alias="VLLM_ENGINE_HOST", description="address that the models' own servers listen on"
+    )
+    router_port: Port | None = Field(default=None, alias="VLLM_ROUTER_PORT", description="wins over router.port")
+    api_key: str | None = Field(
+        default=None, alias="VLLM_API_KEY", description="the key that clients send; made at the first start", repr=False
+    )
+    hf_token: str | None = Field(
+        default=None, alias="HF_TOKEN", description="token for gated models on Hugging Face", repr=False
+    )
+    visible_devices: str | None = Field(
+        default=None, alias="CUDA_VISIBLE_DEVICES", description="the GPUs that belong to this deployment, as 0,1"
+    )
+    engine_program: str | None = Field(
+        default=None,
+        alias="VLLM_UNIFIED_ENGINE_PROGRAM",
+        description="command that serves a model in place of the vLLM beside us, as /opt/vllm/bin/vllm serve",
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def _sendable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value):
+            raise ValueError("use printable ASCII without spaces; it travels in an HTTP header")
+        return value
+
+    @field_validator("router_host", "engine_host")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value != "localhost":
+            try:
+                ipaddress.ip_address(value)
+            except ValueError:
+                raise ValueError(f'"{value}" is no address; use 127.0.0.1, 0.0.0.0 or one of this machine') from None
+        return value
+
+    @field_validator("engine_program")
+    @classmethod
+    def _words(cls, value: str | None) -> str | None:
+        try:
+            shlex.split(value or "")
+        except ValueError as error:
+            raise ValueError(f"{value!r} can't be split into words: {str(error).lower()}") from None
+        return value
+
+    @field_validator("visible_devices")
+    @classmethod
+    def _device_names(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w-]+(,\s*[\w-]+)*", value):
+            raise ValueError("name GPUs as 0,1 or by their UUIDs, with commas between them")
+        return value
+
+
+@dataclass(frozen=True)
+class Variables:
+    """All variables, and where each stands."""
+
+    values: Mapping[str, str]
+    from_file: frozenset[str]
+
+    def file_of(self, name: str) -> str:
+        return ".env" if name in self.from_file else "environment"
+
+
+def port_variable(key: str) -> str:
+    return f"VLLM_{key.upper().replace('-', '_')}_PORT"
+
+
+PORT_VARIABLE = re.compile(r"^VLLM_([A-Z0-9_]+)_PORT$")
+# Said to the program in the shell that starts it: they say where .env is.
+SHELL_VARIABLES = ("VLLM_UNIFIED_HOME", "VLLM_UNIFIED_CONFIG")
+OWN_VARIABLES = (
+    *(str(field.alias) for field in Environment.model_fields.values()),
+    *(port_variable(kind) for kind in get_args(Kind)),
+)
+
+
+def read_variables(home: Path, environ: Mapping[str, str]) -> Variables:
+    """An empty value counts as unset, as in `.env.example`."""
+    path = home / ".env"
+    try:
+        in_file = {name: value for name, value in dotenv_values(path).items() if value} if path.is_file() else {}
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem(".env", f"byte {error.start}", "not UTF-8; save the file as UTF-8")]) from None
+    given = {name: value for name, value in environ.items() if value}
+    return Variables({**in_file, **given}, frozenset(in_file) - frozenset(given))
+
+
+def likely_typo(name: str) -> str | None:
+    """The variable of ours that `name` was probably meant to be."""
+    if name in OWN_VARIABLES or not name.startswith(("VLLM_", "HF_", "CUDA_")):
+        return None
+    near = difflib.get_close_matches(name, OWN_VARIABLES, n=1, cutoff=0.9)
+    return near[0] if near else None
+
+
+def variable_of(field: str) -> str:
+    return str(Environment.model_fields[field].alias)
+
+
+def ensure_api_key(home: Path, environ: Mapping[str, str]) -> bool:
+    """Put a random key into `.env` (mode 0600) unless one is set; True if one was made."""
+    path = home / ".env"
+    if read_variables(home, environ).values.get(variable_of("api_key")):
+        if path.exists():
+            path.chmod(0o600)
+        return False
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    os.fchmod(descriptor, 0o600)
+    os.close(descriptor)
+    set_key(path, variable_of("api_key"), f"sk-{secrets.token_urlsafe(24)}", quote_mode="never")
+    path.chmod(0o600)
+    return True
+
+
+def as_fields(values: Mapping[str, str]) -> dict[str, Any]:
+    return {name: values[name] for name in OWN_VARIABLES if name in values}

@@ -1,0 +1,223 @@
+"""The fields of config/models.json and config/vllm_config.yaml: default, check, description, in one place."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from vllm_unified.settings import flags
+
+Kind = Literal["chat", "embedding", "rerank", "ocr"]
+DEFAULT_PORTS: dict[Kind, int] = {"chat": 8001, "embedding": 8002, "rerank": 8003, "ocr": 8004}
+
+# A key names a supervisord program, a log file and a state file; a name travels in URLs and headers.
+KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,47}$"
+NAME_PATTERN = r"^\w[\w.:/@+-]{0,199}$"
+RESERVED_KEYS = ("router", "documents", "engines", "supervisord", "install", "nginx", "prometheus", "grafana")
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
+
+
+def _device_list(value: Any) -> Any:
+    """`0`, `"0"`, `"0,1"` and `[0, 1]` say the same of devices."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if isinstance(value, str) and re.fullmatch(r"\d+(,\s*\d+)*", value):
+        return [int(number) for number in value.split(",")]
+    return value
+
+
+# What the deployment gives to each engine by itself, and where to say it instead.
+PER_ENGINE_VARIABLES = {"VLLM_API_KEY": ".env", "CUDA_VISIBLE_DEVICES": "gpus", "VLLM_PORT": "port"}
+
+
+def _not_ours(value: dict[str, str]) -> dict[str, str]:
+    wrong = [
+        f'"{name}" is set by the deployment; use {PER_ENGINE_VARIABLES[name]}'
+        for name in value
+        if name in PER_ENGINE_VARIABLES
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return value
+
+
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+EngineVariables = Annotated[dict[VariableName, str], AfterValidator(_not_ours)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _complete_schema(schema: dict[str, Any]) -> None:
+    """The older names of fields, which pydantic leaves out; no default where it depends on other fields."""
+    properties = schema["properties"]
+    properties["aliases"] = properties["served_model_names"]
+    one_number = [{"minimum": 0, "type": "integer"}, {"type": "string"}]
+    properties["cuda_device"] = {**properties["gpus"], "anyOf": [*properties["gpus"]["anyOf"], *one_number]}
+    for name in ("path", "port"):
+        del properties[name]["default"]
+
+
+class ModelEntry(_Strict):
+    """One entry of `models`: one model, served by one vLLM server. Unset fields are left to vLLM."""
+
+    model_config = ConfigDict(json_schema_extra=_complete_schema)
+
+    name: Name = Field(description="the name that clients send as `model`")
+    type: Kind = Field(description="what the model does; decides which paths it serves and how vLLM runs it")
+    path: Annotated[str, Field(min_length=1)] = Field(
+        default="", description="folder with the weights, absolute or from the project's folder (default models/KEY)"
+    )
+    port: Port = Field(
+        default=0,
+        validate_default=False,
+        description="port of the model's own server (default 8001 chat, 8002 embedding, 8003 rerank, 8004 ocr)",
+    )
+    enabled: bool = Field(default=True, description="false: the entry is checked but neither started nor served")
+    required: bool = Field(default=True, description="false: the deployment counts as ready without this model")
+    served_model_names: list[Name] = Field(
+        default=[],
+        validation_alias=AliasChoices("served_model_names", "aliases"),
+        description="further names that clients may send",
+    )
+    gpus: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_device_list), Field(min_length=1)] | None = (
+        Field(
+            default=None,
+            validation_alias=AliasChoices("gpus", "cuda_device"),
+            description="the GPUs, as numbers among the visible ones (default: placed by themselves)",
+        )
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="share of each of its devices' memory; vLLM takes 0.92 when unset"
+    )
+    max_model_len: int | None = Field(default=None, ge=1, description="longest context, in tokens")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="devices that share each layer")
+    pipeline_parallel_size: int = Field(default=1, ge=1, description="devices that follow one another")
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] | None = Field(
+        default=None, description="type of the weights in memory"
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the weights")
+    repo: str | None = Field(
+        default=None, pattern=r"^\w[\w.-]*/\w[\w.-]*$", description="where the weights come from: OWNER/NAME on the hub"
+    )
+    revision: str | None = Field(
+        default=None, pattern=r"^\w[\w./-]*$", description="branch, tag or commit on the hub (default: its main one)"
+    )
+    source: Literal["huggingface", "modelscope", "auto"] = Field(
+        default="auto", description="the hub; auto takes Hugging Face"
+    )
+    engine_args: dict[str, FlagValue] = Field(
+        default={}, description="any flag of vLLM's server; true is --flag, false is --no-flag, null drops a default"
+    )
+    env: EngineVariables = Field(default={}, description="environment of this server alone")
+    startup_timeout: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="seconds from start to ready (default router.startup_timeout)"
+    )
+
+    @property
+    def devices_needed(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @field_validator("engine_args")
+    @classmethod
+    def _known_flags(cls, value: dict[str, FlagValue]) -> dict[str, FlagValue]:
+        return flags.normalised(value, own_fields=set(cls.model_fields))
+
+    @model_validator(mode="after")
+    def _one_device_a_rank(self) -> "ModelEntry":
+        if self.gpus is None:
+            return self
+        if len(set(self.gpus)) != len(self.gpus):
+            raise ValueError(f"gpus {self.gpus} names a GPU twice")
+        if len(self.gpus) != self.devices_needed:
+            raise ValueError(
+                f"gpus names {len(self.gpus)} of them, but tensor_parallel_size × pipeline_parallel_size is "
+                f"{self.devices_needed}; name {self.devices_needed}, or leave gpus out"
+            )
+        return self
+
+
+class Model(ModelEntry):
+    """An entry under its key, with `path` and `port` settled."""
+
+    key: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.served_model_names)
+
+
+class RouterSettings(_Strict):
+    """`router` in models.json."""
+
+    port: Port = Field(default=8000, description="port of the router")
+    health_check_interval: float = Field(default=2.0, gt=0, le=3600, description="seconds between looks at each engine")
+    startup_timeout: float = Field(default=1800.0, gt=0, description="seconds that a model may take to be ready")
+    max_body_mib: int = Field(default=32, ge=1, le=1024, description="largest request, in MiB")
+
+
+class SystemSettings(_Strict):
+    """`system` in models.json."""
+
+    drain_timeout: float = Field(
+        default=30.0, ge=0, le=3600, description="seconds that requests in flight are given when a server stops"
+    )
+
+
+class ModelsFile(_Strict):
+    """config/models.json."""
+
+    schema_file: str | None = Field(default=None, alias="$schema", description="for editors, which complete and check")
+    models: dict[Annotated[str, Field(pattern=KEY_PATTERN)], ModelEntry] = Field(
+        min_length=1, description="the models, under any key you like"
+    )
+    router: RouterSettings = RouterSettings()
+    system: SystemSettings = SystemSettings()
+
+    @field_validator("models")
+    @classmethod
+    def _free_keys(cls, value: dict[str, ModelEntry]) -> dict[str, ModelEntry]:
+        for key in value:
+            if key.lower() in RESERVED_KEYS:
+                raise ValueError(f'the key "{key}" is taken by a part of the deployment; choose another')
+        return value
+
+
+class EngineDefaults(_Strict):
+    """config/vllm_config.yaml: flags of vLLM's server for every engine, in sections that only order them."""
+
+    server: dict[str, FlagValue] = Field(default={}, description="HTTP server")
+    parallelism: dict[str, FlagValue] = Field(default={}, description="how a model is spread over devices")
+    scheduler: dict[str, FlagValue] = Field(default={}, description="batching")
+    cache: dict[str, FlagValue] = Field(default={}, description="KV cache and memory")
+    logging: dict[str, FlagValue] = Field(default={}, description="what the servers write to their logs")
+    env: EngineVariables = Field(default={}, description="environment of every engine")
+
+    @field_validator("server", "parallelism", "scheduler", "cache", "logging", mode="before")
+    @classmethod
+    def _known_flags(cls, value: Any) -> Any:
+        if value is None:  # a section whose lines are all commented out
+            return {}
+        return flags.normalised(value, own_fields=set()) if isinstance(value, dict) else value
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @property
+    def engine_args(self) -> dict[str, FlagValue]:
+        return {**self.server, **self.parallelism, **self.scheduler, **self.cache, **self.logging}

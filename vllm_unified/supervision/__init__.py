@@ -1,0 +1,1 @@
+"""supervisord: its configuration as text, and questions to the running one."""

@@ -1,0 +1,88 @@
+"""run/supervisord.conf, as text."""
+
+import re
+import shlex
+import sys
+
+from vllm_unified.engines.keeper import LEAVING_SECONDS
+from vllm_unified.settings import Settings
+
+# Time for a keeper to kill what did not leave, after all that it grants the engine.
+KEEPER_SECONDS = 10
+
+
+def supervisord_conf(settings: Settings) -> str:
+    """The router and one keeper a model. `%(here)s` is the folder of the file itself, run/."""
+    engine_keys = [model.key for model in settings.models]
+    patience = round(settings.system.drain_timeout + LEAVING_SECONDS + KEEPER_SECONDS)
+    sections = [
+        _MAIN.format(config=settings.file),
+        _program("router", [*_cli(settings), "router"], priority=100, patience=patience),
+        *(
+            _program(key, [*_cli(settings), "engine", key], priority=200, patience=patience, log=f"{key}.keeper.log")
+            for key in engine_keys
+        ),
+        # One group, because supervisord stops the programs of a group together and groups one by one.
+        f"[group:engines]\nprograms={','.join(engine_keys)}\npriority=200\n",
+    ]
+    return "\n".join(sections)
+
+
+_MAIN = """\
+; Rendered by `vllm-unified render` from {config}. Edits are lost at the next start.
+[unix_http_server]
+file=%(here)s/supervisor.sock
+chmod=0700
+
+[supervisord]
+logfile=%(here)s/logs/supervisord.log
+logfile_maxbytes=5MB
+logfile_backups=2
+pidfile=%(here)s/supervisord.pid
+childlogdir=%(here)s/logs
+directory=%(here)s/..
+umask=077
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+
+[supervisorctl]
+serverurl=unix://%(here)s/supervisor.sock
+"""
+
+
+def _program(name: str, command: list[str], priority: int, patience: int, log: str | None = None) -> str:
+    """supervisord gives up on a program that fails `startretries` times in a row; ours are never given up."""
+    return "\n".join(
+        [
+            f"[program:{name}]",
+            f"command={quoted(command)}",
+            f"priority={priority}",
+            "autostart=true",
+            "autorestart=true",
+            "startsecs=1",
+            "startretries=1000000",
+            f"stopwaitsecs={patience}",
+            "stopsignal=TERM",
+            "stopasgroup=false",
+            "killasgroup=true",
+            "redirect_stderr=true",
+            f"stdout_logfile=%(here)s/logs/{log or name + '.log'}",
+            "stdout_logfile_maxbytes=20MB",
+            "stdout_logfile_backups=4",
+            "",
+        ]
+    )
+
+
+def _cli(settings: Settings) -> list[str]:
+    return [sys.executable, "-m", "vllm_unified", "--config", str(settings.file)]
+
+
+def quoted(command: list[str]) -> str:
+    """A command that supervisord splits into the same words again.
+
+    It cuts a value at a space followed by ; or # even inside quotes, without a word, and expands %. So such
+    a space gets quotes of its own, and a percent sign is doubled.
+    """
+    return re.sub(r"(\s)(?=[;#])", r"\1''", shlex.join(command)).replace("%", "%%")
