@@ -7,7 +7,9 @@ behaves; every field may be left out:
     children_in_sessions: processes that leave it
     fail: message to print before it exits with 1      fail_after: seconds after it is ready
     ignore_sigterm: true                               chunk_seconds: pause between the chunks of a stream
-    hang: true, so that POST requests are never answered
+    hang: true, so that POST requests are never answered; SIGUSR1 does the same later on
+    busy_seconds: what a POST takes, during which no counter moves
+    refuse: status of every answer to a POST           no_metrics: true, so that there are no counters
     break_stream: chunks after which a stream's connection is cut
 """
 
@@ -27,6 +29,7 @@ BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
 WORDS = ["One ", "word ", "after ", "the ", "other."]
 # What the engine saw, for tests to ask: GET /seen
 SEEN: dict[str, Any] = {"cancelled": 0, "requests": []}
+COUNTERS = {"vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "vllm:iteration_tokens_total_count": 0}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -40,6 +43,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {})
         elif self.path == "/seen":
             self.answer(200, SEEN)
+        elif self.path == "/metrics" and not BEHAVIOUR.get("no_metrics"):
+            self.answer(
+                200, "".join(f'{name}{{engine="0",model_name="x"}} {value}.0\n' for name, value in COUNTERS.items())
+            )
         else:
             self.answer(404, {"error": {"message": "fake engine: no such path"}})
 
@@ -50,17 +57,27 @@ class Handler(BaseHTTPRequestHandler):
         if key and self.headers.get("authorization") != f"Bearer {key}":
             self.answer(401, {"error": {"message": "fake engine: wrong key"}})
             return
+        COUNTERS["vllm:num_requests_running"] += 1
+        try:
+            self.work(json.loads(body))
+        finally:
+            COUNTERS["vllm:num_requests_running"] -= 1
+
+    def work(self, request: Any) -> None:
         if BEHAVIOUR.get("hang"):
             self.wait_for_client_to_leave()
             return
-        request = json.loads(body)
-        if request.get("stream"):
+        time.sleep(BEHAVIOUR.get("busy_seconds", 0))
+        COUNTERS["vllm:iteration_tokens_total_count"] += 1
+        if "refuse" in BEHAVIOUR:
+            self.answer(BEHAVIOUR["refuse"], {"error": {"message": "fake engine: refused"}})
+        elif request.get("stream"):
             self.stream()
         else:
             self.answer(200, {"path": self.path, "model": request.get("model"), "echo": request})
 
     def answer(self, status: int, document: Any) -> None:
-        body = json.dumps(document).encode()
+        body = document.encode() if isinstance(document, str) else json.dumps(document).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
@@ -80,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
                     return
                 event = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": word}}]}
                 self.chunk(f"data: {json.dumps(event)}\n\n".encode())
+                COUNTERS["vllm:iteration_tokens_total_count"] += 1
                 time.sleep(BEHAVIOUR.get("chunk_seconds", 0.01))
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
@@ -118,6 +136,7 @@ def main() -> None:
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     if BEHAVIOUR.get("ignore_sigterm"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, lambda *_: BEHAVIOUR.update(hang=True))
     time.sleep(BEHAVIOUR.get("ready_after", 0))
     if "fail" in BEHAVIOUR and "fail_after" not in BEHAVIOUR:
         sys.exit(BEHAVIOUR["fail"])

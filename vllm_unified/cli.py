@@ -12,6 +12,7 @@ from vllm_unified import __version__, loopback
 from vllm_unified.devices import read_devices
 from vllm_unified.errors import ConfigError, UserError
 from vllm_unified.settings import Model, Settings, load
+from vllm_unified.state import EngineState, Phase
 
 DEFAULT_CONFIG = "config/models.json"
 NOT_RUNNING = 3
@@ -166,11 +167,17 @@ def init(project: Project) -> None:
 @click.pass_obj
 def engine(project: Project, name: str) -> None:
     """Keep the server of the model NAME running, until SIGTERM. supervisord runs this."""
-    from vllm_unified.engines.keeper import Keeper
+    from vllm_unified.engines.handover import become_keeper, orders_for
 
     _end_with_supervisord()
-    settings = project.settings()
-    Keeper(settings, _model(settings, name), dict(os.environ)).run()
+    try:
+        settings = project.settings()
+        orders = orders_for(settings, _model(settings, name), os.environ)
+    except UserError as error:
+        if _under_supervisord():  # which gave us the name that it was rendered with
+            EngineState(name, Phase.STOPPED, time.monotonic(), reason=str(error)).write(project.home / "run")
+        raise
+    become_keeper(orders)
 
 
 @cli.command()
@@ -196,27 +203,25 @@ def router(project: Project) -> None:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
+@click.option("--watch", "watched", is_flag=True, help="Show it anew every second, until Ctrl-C.")
 @click.pass_obj
-def status(project: Project, as_json: bool) -> None:
+def status(project: Project, as_json: bool, watched: bool) -> None:
     """Show what runs. Exits with 0 when every required model is ready, else with 3."""
     from rich.console import Console
 
-    from vllm_unified.console import print_json, rows, status_json, status_table
-    from vllm_unified.supervision.ask import programs
+    from vllm_unified.console import Status, print_json, watch
 
+    if watched and as_json:
+        raise click.UsageError("--watch is for people, --json for machines; ask for the JSON as often as you need it")
     settings = project.running_settings()
-    running = programs(settings.run)
-    info = (running or {}).get("router", {})
-    found = rows(settings)
-    report = status_json(settings, found, running is not None, str(info.get("statename", "STOPPED")).lower())
+    if watched:
+        watch(settings)
+    now = Status.now(settings)
     if as_json:
-        print_json(report)
-    elif running is None:
-        click.echo("not running; start it with ./deploy.sh start")
+        print_json(now.document())
     else:
-        click.echo(f"router    {settings.router_url}    {report['router']['state']}")
-        Console().print(status_table(found))
-    sys.exit(0 if report["ready"] else NOT_RUNNING)
+        Console().print(now.text())
+    sys.exit(0 if now.ready else NOT_RUNNING)
 
 
 @cli.command()
@@ -289,8 +294,12 @@ def _model(settings: Settings, name: str) -> Model:
     return model
 
 
+def _under_supervisord() -> bool:
+    return bool(os.environ.get("SUPERVISOR_ENABLED"))
+
+
 def _end_with_supervisord() -> None:
-    if os.environ.get("SUPERVISOR_ENABLED"):
+    if _under_supervisord():
         from vllm_unified.engines.processes import die_with_parent
 
         die_with_parent()

@@ -3,12 +3,12 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -16,18 +16,22 @@ from rich.text import Text
 from vllm_unified import state
 from vllm_unified.devices import GIB
 from vllm_unified.engines.placement import Plan
+from vllm_unified.engines.usage import Usage, usage_of_all
 from vllm_unified.settings import Kind, Model, Settings
 from vllm_unified.state import EngineState, Phase
+from vllm_unified.supervision.ask import programs
 
 STYLES = {
     Phase.READY: "green",
     Phase.STARTING: "cyan",
     Phase.WAITING: "dim",
     Phase.BACKOFF: "red",
+    Phase.DRAINING: "yellow",
     Phase.STOPPING: "yellow",
     Phase.STOPPED: "dim",
 }
 REFRESH_SECONDS = 0.5
+WATCH_SECONDS = 1.0
 HOPELESS_AFTER_RESTARTS = 2
 
 
@@ -76,18 +80,21 @@ def rows(settings: Settings) -> list[Row]:
 
 
 def _note(settings: Settings, model: Model, each: EngineState) -> str:
+    last = f"last: {each.reason}" if each.reason else None
+    words: list[str | None]
     match each.phase:
         case Phase.READY:
-            return f"ready after {each.ready_after} s"
+            words = [each.note or f"ready after {each.ready_after} s"]
         case Phase.BACKOFF:
-            again = max(0, round((each.retry_at or 0) - time.time()))
-            return f"{each.reason}; again in {again} s, log: {_log(settings, model)}"
+            again = max(0, round((each.retry_at or 0) - time.monotonic()))
+            words = [f"{each.reason}; again in {again} s, log: {_log(settings, model)}"]
         case Phase.WAITING:
-            return f"for {' and '.join(each.devices)}" + (f"; last: {each.reason}" if each.reason else "")
-        case Phase.STARTING if each.reason:
-            return f"last: {each.reason}"
+            words = [each.note or f"for {' and '.join(each.devices)}", last]
+        case Phase.STARTING:
+            words = [each.note, last]
         case _:
-            return each.reason or ""
+            words = [each.reason]
+    return "; ".join(word for word in words if word)
 
 
 def _log(settings: Settings, model: Model) -> Path:
@@ -95,8 +102,10 @@ def _log(settings: Settings, model: Model) -> Path:
     return path.relative_to(settings.home)
 
 
-def status_table(found: Iterable[Row]) -> Table:
-    table = Table("model", "type", "port", "state", "for", "restarts", "", box=None, pad_edge=False)
+def state_table(found: Iterable[Row], usage: Mapping[str, Usage] | None = None) -> Table:
+    """A line a model; with `usage` also where it runs, what it holds and does."""
+    more = ("device", "memory", "requests") if usage else ()
+    table = Table("model", "type", "port", "state", "for", "restarts", *more, "", box=None, pad_edge=False)
     for row in found:
         style = STYLES[row.state.phase]
         table.add_row(
@@ -104,38 +113,84 @@ def status_table(found: Iterable[Row]) -> Table:
             row.model.type,
             str(row.model.port),
             f"[{style}]{row.state.phase}[/]",
-            duration(time.time() - row.state.since),
+            duration(time.monotonic() - row.state.since),
             str(row.state.restarts),
+            *(_usage_cells(row.state, usage[row.model.key]) if usage else ()),
             Text(row.note),  # an engine's own words, which may look like markup
         )
     return table
 
 
-def status_json(settings: Settings, found: Sequence[Row], running: bool, router: str) -> dict[str, Any]:
-    """Stable: fields are added, never renamed. Times are seconds since the epoch."""
+def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:
+    memory = f"{usage.memory_bytes / GIB:.1f} GiB" if usage.memory_bytes else ""
+    return ", ".join(each.devices), memory, "" if usage.requests is None else str(usage.requests)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The deployment at one moment. `router`: its process as supervisord sees it; None without a supervisord."""
+
+    settings: Settings
+    router: str | None
+    rows: Sequence[Row]
+    usage: Mapping[str, Usage]
+
+    @classmethod
+    def now(cls, settings: Settings) -> "Status":
+        running = programs(settings.run)
+        router = None if running is None else str(running.get("router", {}).get("statename", "STOPPED")).lower()
+        found = rows(settings)
+        return cls(settings, router, found, usage_of_all(settings, [row.state for row in found]))
+
+    @property
+    def ready(self) -> bool:
+        required = [row.state.phase for row in self.rows if row.model.required]
+        return self.router == "running" and all(phase is Phase.READY for phase in required)
+
+    def text(self) -> RenderableType:
+        if self.router is None:
+            return "not running; start it with ./deploy.sh start"
+        return Group(f"router    {self.settings.router_url}    {self.router}", state_table(self.rows, self.usage))
+
+    def document(self) -> dict[str, Any]:
+        """Stable: fields are added, never renamed. Times are seconds since the epoch, sizes bytes."""
+        return {
+            "running": self.router is not None,
+            "config": str(self.settings.file),
+            "ready": self.ready,
+            "router": {"state": self.router or "stopped", "port": self.settings.router.port},
+            "models": {row.model.key: _document_of(row, self.usage[row.model.key]) for row in self.rows},
+        }
+
+
+def _document_of(row: Row, usage: Usage) -> dict[str, Any]:
+    retry_at = row.state.retry_at
     return {
-        "running": running,
-        "config": str(settings.file),
-        "ready": router == "running" and all(row.state.phase is Phase.READY for row in found if row.model.required),
-        "router": {"state": router, "port": settings.router.port},
-        "models": {
-            row.model.key: {
-                "name": row.model.name,
-                "type": row.model.type,
-                "port": row.model.port,
-                "required": row.model.required,
-                "state": row.state.phase,
-                "since": row.state.since,
-                "ready_after": row.state.ready_after,
-                "restarts": row.state.restarts,
-                "reason": row.state.reason,
-                "retry_at": row.state.retry_at,
-                "pid": row.state.engine.pid if row.state.engine else None,
-                "devices": list(row.state.devices),
-            }
-            for row in found
-        },
+        "name": row.model.name,
+        "type": row.model.type,
+        "port": row.model.port,
+        "required": row.model.required,
+        "state": row.state.phase,
+        "since": state.wall_clock(row.state.since),
+        "ready_after": row.state.ready_after,
+        "restarts": row.state.restarts,
+        "reason": row.state.reason,
+        "note": row.state.note,
+        "retry_at": None if retry_at is None else state.wall_clock(retry_at),
+        "pid": row.state.engine.pid if row.state.engine else None,
+        "keeper_pid": row.state.keeper.pid if row.state.keeper else None,
+        "devices": list(row.state.devices),
+        "memory_bytes": usage.memory_bytes,
+        "requests": usage.requests,
     }
+
+
+def watch(settings: Settings) -> None:
+    """Show the status anew every second, until Ctrl-C."""
+    with Live(Status.now(settings).text(), auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            live.update(Status.now(settings).text(), refresh=True)
 
 
 def duration(seconds: float) -> str:
@@ -156,7 +211,7 @@ def wait_until_ready(settings: Settings, timeout: float, is_running: Callable[[]
         while True:
             found = rows(settings)
             if console.is_terminal:
-                live.update(status_table(found), refresh=True)
+                live.update(state_table(found), refresh=True)
             else:
                 _print_changes(found, shown, time.monotonic() - began)
             if all(row.state.phase is Phase.READY for row in found if row.model.required):

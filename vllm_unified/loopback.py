@@ -1,20 +1,32 @@
-"""GET from this machine's own servers."""
+"""Requests to this machine's own servers; a proxy that the environment names is for the world outside."""
 
 import http.client
-import urllib.error
-import urllib.request
-
-# The environment's http_proxy is for the world outside; asked for 127.0.0.1 it answers for itself.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+import json
+from typing import Any
+from urllib.parse import urlsplit
 
 
 def get(url: str, timeout: float) -> tuple[int, str]:
     """Status and body, whatever the status is. Raises OSError when there is no answer."""
+    return _request("GET", url, timeout)
+
+
+def post(url: str, document: Any, api_key: str, timeout: float) -> tuple[int, str]:
+    """The same for a JSON document."""
+    headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+    return _request("POST", url, timeout, json.dumps(document).encode(), headers)
+
+
+def _request(
+    method: str, url: str, timeout: float, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> tuple[int, str]:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=timeout)
     try:
-        with _opener.open(url, timeout=timeout) as answer:
-            return int(answer.status), answer.read().decode("utf-8", "replace")
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode("utf-8", "replace")
+        connection.request(method, parts.path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode("utf-8", "replace")
     except http.client.HTTPException as error:
         raise ConnectionError(f"{url}: {error or type(error).__name__}") from None
+    finally:
+        connection.close()

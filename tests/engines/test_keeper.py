@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,7 +209,8 @@ def test_a_keeper_that_waits_for_its_device_stops_at_once(keepers: Keepers) -> N
 def test_a_start_that_takes_too_long_is_ended(keepers: Keepers) -> None:
     keepers.configure({"a": {"ready_after": 30, "children": 1, "field:startup_timeout": 1.0}})
     keepers.start("a")
-    assert keepers.until("a", Phase.BACKOFF).reason == "not ready after 1 s (startup_timeout)"
+    reason = str(keepers.until("a", Phase.BACKOFF).reason)
+    assert reason.startswith("not ready after 1 s (startup_timeout); last: fake engine:")
     assert keepers.left_over() == []
 
 
@@ -271,6 +274,215 @@ def test_what_left_the_engines_group_ends_too(keepers: Keepers) -> None:
     process.terminate()
     assert process.wait(20) == 0
     assert keepers.left_over() == []
+
+
+HASTY = {"progress_interval": 0.2, "progress_timeout": 0.5, "progress_misses": 3}
+
+
+def hang(keepers: Keepers, key: str) -> int:
+    """As SIGSTOP of vLLM's EngineCore does: health and metrics go on, requests are never answered. Its pid."""
+    engine = keepers.state(key).engine
+    assert engine is not None
+    os.kill(engine.pid, signal.SIGUSR1)
+    return engine.pid
+
+
+def ask(keepers: Keepers, key: str, seconds: float = 10) -> None:
+    """One request; raises when it is not answered in time."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{keepers.entries[key]['port']}/v1/completions",
+        b'{"model": "a"}',
+        {"authorization": f"Bearer {API_KEY}"},
+    )
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
+        assert answer.status == 200
+
+
+def test_an_engine_that_hangs_while_idle_is_restarted(keepers: Keepers) -> None:
+    keepers.configure({"a": {}}, system=HASTY)
+    keepers.start("a")
+    keepers.until("a", Phase.READY)
+    pid = hang(keepers, "a")
+    eventually(lambda: "no progress, 1 of 3" in (keepers.state("a").note or ""))
+    assert keepers.state("a").phase is Phase.READY
+    eventually(lambda: keepers.state("a").restarts == 1)
+    assert keepers.state("a").reason == "hung: its server answers, but 3 looks of 0.5 s saw no progress"
+    assert not psutil.pid_exists(pid)
+    assert keepers.until("a", Phase.READY).note is None
+
+
+def test_an_engine_that_hangs_with_requests_in_it_is_restarted(keepers: Keepers) -> None:
+    keepers.configure({"a": {}}, system=HASTY)
+    keepers.start("a")
+    keepers.until("a", Phase.READY)
+    hang(keepers, "a")
+    began = time.monotonic()
+    with pytest.raises(ConnectionError):
+        ask(keepers, "a", seconds=60)
+    assert time.monotonic() - began < 30, "its client is let go when it is ended"
+    eventually(lambda: keepers.state("a").restarts == 1 and keepers.state("a").phase is Phase.READY)
+
+
+def test_the_switch_for_the_progress_check(keepers: Keepers) -> None:
+    keepers.configure({"a": {}}, system={**HASTY, "progress_check": False})
+    keepers.start("a")
+    keepers.until("a", Phase.READY)
+    hang(keepers, "a")
+    time.sleep(5)
+    assert keepers.state("a").restarts == 0
+
+
+@pytest.mark.parametrize("behaviour", [{"busy_seconds": 2.5}, {"no_metrics": True}])
+def test_work_that_takes_long_is_no_hang(keepers: Keepers, behaviour: dict[str, Any]) -> None:
+    """A prefill of minutes moves no counter; three misses in a row take longer."""
+    keepers.configure({"a": behaviour}, system={**HASTY, "progress_timeout": 1.5})
+    keepers.start("a")
+    keepers.until("a", Phase.READY)
+    for _ in range(3):
+        ask(keepers, "a")
+    assert keepers.state("a").restarts == 0
+
+
+def test_real_traffic_replaces_our_own_requests(keepers: Keepers) -> None:
+    keepers.configure({"a": {}}, system={**HASTY, "progress_interval": 1.0})
+    keepers.start("a")
+    keepers.until("a", Phase.READY)
+    until = time.monotonic() + 6
+    sent = 0
+    while time.monotonic() < until:
+        ask(keepers, "a")
+        sent += 1
+        time.sleep(0.1)
+    with urllib.request.urlopen(f"http://127.0.0.1:{keepers.entries['a']['port']}/seen") as answer:
+        assert len(json.load(answer)["requests"]) - sent == 1, "the first answer that made it ready"
+
+
+def test_ready_is_when_a_first_request_is_answered(keepers: Keepers) -> None:
+    keepers.configure({"a": {"refuse": 500, "field:type": "embedding"}, "b": {"hang": True}})
+    keepers.start("a")
+    reason = str(keepers.until("a", Phase.BACKOFF).reason)
+    assert reason.startswith("its first answer is an error: /v1/embeddings answers 500:")
+    assert "fake engine: refused" in reason
+    slow = keepers.start("b")
+    note = eventually(lambda: keepers.state("b").phase is Phase.STARTING and keepers.state("b").note)
+    assert note == "answers its health check; asked for its first answer"
+    slow.terminate()
+    assert slow.wait(10) == 0
+
+
+def test_the_order_of_priority(keepers: Keepers) -> None:
+    """However they are started, and again when both of them end at the same moment."""
+    keepers.configure({"a": {"ready_after": 1}, "b": {"ready_after": 1}, "c": {"field:priority": 5, "ready_after": 1}})
+    for key in "bac":
+        keepers.start(key)
+    for _ in range(2):
+        ready = {key: keepers.until(key, Phase.READY, 40).since for key in "abc"}
+        assert sorted(ready, key=lambda key: ready[key]) == ["c", "a", "b"]
+        pids = [engine.pid for key in "abc" if (engine := keepers.state(key).engine)]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: all(keepers.state(key).restarts for key in "abc"))
+
+
+def test_memory_is_waited_for_and_then_said(keepers: Keepers, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = keepers.project.home / "devices.json"
+
+    def free(gib: float) -> None:
+        devices.write_text(json.dumps({"devices": [{"kind": "cpu", "name": "x", "memory_gib": 64, "free_gib": gib}]}))
+
+    monkeypatch.setenv("VLLM_UNIFIED_DEVICES", str(devices))
+    free(1)
+    keepers.configure({"a": {}})
+    keepers.start("a")
+    note = eventually(lambda: keepers.state("a").note)
+    assert note == "waits for memory: CPU has 1.0 GiB free, 2.0 are needed"
+    assert keepers.state("a").phase is Phase.WAITING
+    free(32)
+    keepers.until("a", Phase.READY)
+
+
+def test_requests_in_flight_end_before_it_leaves(keepers: Keepers) -> None:
+    keepers.configure({"a": {"busy_seconds": 3}})
+    process = keepers.start("a")
+    keepers.until("a", Phase.READY)
+    failures: list[Exception] = []
+
+    def client() -> None:
+        try:
+            ask(keepers, "a")
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    time.sleep(0.5)
+    process.terminate()
+    keepers.until("a", Phase.DRAINING, 5)
+    thread.join()
+    assert failures == []
+    assert process.wait(20) == 0
+
+
+def test_a_disk_that_is_full(keepers: Keepers) -> None:
+    """The state is written over in place, the log loses lines, and nothing ends for it."""
+    run = keepers.project.home / "run"
+    run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", run], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        keepers.configure({"a": {}})
+        process = keepers.start("a")
+        first = keepers.until("a", Phase.READY)
+        with contextlib.suppress(OSError), (run / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        assert first.engine is not None
+        os.kill(first.engine.pid, signal.SIGKILL)
+        eventually(lambda: keepers.state("a").restarts == 1 and keepers.state("a").phase is Phase.READY)
+        (run / "filler").unlink()
+        process.terminate()
+        assert process.wait(20) == 0
+        assert keepers.state("a").phase is Phase.STOPPED
+        assert "stopped" in keepers.log("a")
+    finally:
+        subprocess.run(["umount", "--lazy", run], check=True)
+
+
+def test_a_clock_that_steps(keepers: Keepers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an hour, forth and back: nothing is restarted, given up or shown wrong for it."""
+    folder = keepers.project.home / "clock"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\nreal = time.time\n"
+        f"time.time = lambda: real() + float(open({str(folder / 'offset')!r}).read() or 0)\n"
+    )
+    (folder / "offset").write_text("0")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    keepers.configure({"a": {}, "b": {"fail": "x"}}, system={"longest_backoff": 1})
+    keepers.start("a")
+    keepers.start("b")
+    first = keepers.until("a", Phase.READY)
+    for offset in ("3600", "-3600"):
+        (folder / "offset").write_text(offset)
+        before = keepers.state("b").restarts
+        eventually(lambda before=before: keepers.state("b").restarts >= before + 2, 20)
+        assert keepers.state("a") == first
+    assert abs(state.wall_clock(first.since) - time.time()) < 60
+
+
+def test_a_keeper_takes_little_memory(keepers: Keepers) -> None:
+    keepers.configure({"a": {}})
+    process = keepers.start("a")
+    keepers.until("a", Phase.READY)
+    assert psutil.Process(process.pid).memory_info().rss < 40 << 20
+
+
+def test_why_there_is_no_keeper(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.write({"a": {"name": "a", "type": "chat", "gpus": [0, 0]}})
+    environ = {**os.environ, "VLLM_UNIFIED_HOME": str(project.home), "SUPERVISOR_ENABLED": "1"}
+    command = [sys.executable, "-m", "vllm_unified", "engine", "a"]
+    assert subprocess.run(command, env=environ, cwd=CHECKOUT, capture_output=True).returncode == 1
+    assert "names a GPU twice" in str(state.read(project.home / "run", "a").reason)
 
 
 def test_a_state_file_that_cannot_be_read_counts_as_stopped(project: Project) -> None:

@@ -37,9 +37,9 @@ class Deployment:
             [sys.executable, "-m", "vllm_unified", "router"], env=environ, cwd=CHECKOUT, stderr=subprocess.DEVNULL
         )
         with self.client() as client:
-            eventually(lambda: is_alive(client))
+            eventually(lambda: is_alive(client), 60)
             running = [key for key, behaviour in fake.items() if behaviour is not None]
-            eventually(lambda: all(self.service(client, key)["status"] == "healthy" for key in running))
+            eventually(lambda: all(self.service(client, key)["status"] == "healthy" for key in running), 60)
 
     def start_engine(self, key: str, behaviour: dict[str, Any]) -> None:
         environ = {**os.environ, "VLLM_API_KEY": API_KEY, "FAKE_ENGINE": json.dumps(behaviour)}

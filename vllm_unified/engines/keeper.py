@@ -1,4 +1,8 @@
-"""The parent of one vLLM server: waits for its device, starts it, restarts it, leaves nothing of it behind."""
+"""The parent of one vLLM server: waits for its device, starts it, restarts it, leaves nothing of it behind.
+
+A process of its own, `python -m vllm_unified.engines.keeper KEY DESCRIPTOR`, which the command `engine` turns into;
+the descriptor holds its orders.
+"""
 
 import os
 import random
@@ -6,28 +10,41 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from vllm_unified import loopback, state
-from vllm_unified.devices import read_devices
-from vllm_unified.engines import locks, processes
-from vllm_unified.engines.command import engine_command
+from vllm_unified.devices import GIB, read_devices
+from vllm_unified.engines import locks, processes, progress
 from vllm_unified.engines.log import EngineLog
-from vllm_unified.engines.placement import plan
+from vllm_unified.engines.orders import Orders
+from vllm_unified.engines.progress import Counters
 from vllm_unified.errors import UserError
-from vllm_unified.settings import Model, Settings
 from vllm_unified.state import EngineState, Phase, Process
 
 POLL_SECONDS = 0.3
-HEALTH_SECONDS = 5
+HEALTH_SECONDS = 5.0
 FIRST_BACKOFF_SECONDS = 1.0
-LONGEST_BACKOFF_SECONDS = 300.0
 HEALTHY_SECONDS = 600.0
+# The router looks at the states four times a second.
+NOTICE_SECONDS = 0.6
 # Beyond the drain: what vLLM takes to end its own processes when nothing is in flight (measured: 8 s).
 LEAVING_SECONDS = 15.0
+# All keepers are started together; one that starts earlier than us may need this long to say that it is there.
+COMING_SECONDS = 10.0
+# A neighbour's clean-up takes seconds; what is held for longer belongs to somebody who stays.
+MEMORY_SECONDS = 60.0
+SETTLED_BYTES = 64 << 20
+SETTLING_SECONDS = 30.0
+
+Result = TypeVar("Result")
 
 
 class _StopRequested(Exception):
@@ -37,31 +54,30 @@ class _StopRequested(Exception):
 class Keeper:
     """Runs until it is told to stop, in the main thread of its own process."""
 
-    def __init__(self, settings: Settings, model: Model, environ: dict[str, str]) -> None:
-        settings.require_api_key()
-        self.settings = settings
-        self.model = model
-        self.placed = plan(settings, read_devices(settings.environment.visible_devices)).of(model.key)
-        self.command = engine_command(settings, self.placed)
-        self.environ = environ
-        self.log = EngineLog(settings.run / "logs" / f"{model.key}.log")
-        self.mark = f"{settings.home}:{model.key}"
+    def __init__(self, orders: Orders) -> None:
+        self.orders = orders
+        self.run_folder = Path(orders.run)
+        self.log = EngineLog(self.run_folder / "logs" / f"{orders.key}.log")
+        self.mark = f"{orders.home}:{orders.key}"
+        self.born = time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None
         self.failures_in_a_row = 0
+        self.lock_folder = self.run_folder / "locks"
+        self.device_locks = [seat.label.lower().replace(" ", "-") for seat in orders.seats]
         self.state = EngineState(
-            key=model.key,
+            key=orders.key,
             phase=Phase.WAITING,
-            since=time.time(),
+            since=time.monotonic(),
             keeper=Process.of(os.getpid()),
-            devices=tuple(device.label for device in self.placed.devices),
+            devices=tuple(seat.label for seat in orders.seats),
         )
 
     def run(self) -> None:
         """Raises UserError when another keeper has this engine already."""
-        with locks.owned(self.settings.run / "locks", f"keeper-{self.model.key}") as owned:
+        with locks.owned(self.lock_folder, f"keeper-{self.orders.key}") as owned:
             if not owned:
-                raise UserError(f'"{self.model.key}" has its keeper already; ./deploy.sh restart {self.model.key}')
-            processes.become_keeper()
+                raise UserError(f'"{self.orders.key}" has its keeper already; ./deploy.sh restart {self.orders.key}')
+            processes.become_parent()
             self._end_predecessors_engine()
             try:
                 while True:
@@ -73,8 +89,7 @@ class Keeper:
     def _start_and_watch(self) -> None:
         """Returns when the engine has ended, with the reason in the state."""
         self._enter(Phase.WAITING)
-        names = [device.label.lower().replace(" ", "-") for device in self.placed.devices]
-        with locks.held(self.settings.run / "locks", names, pause=lambda: self._pause(POLL_SECONDS)):
+        with locks.held(self.lock_folder, self.device_locks, lambda: self._pause(POLL_SECONDS), self._is_our_turn):
             try:
                 reason = self._start()
             finally:
@@ -87,63 +102,202 @@ class Keeper:
                 self.failures_in_a_row = 0
         self._end_engine()
         self.failures_in_a_row += 1
-        self.state = replace(self.state, reason=reason, restarts=self.state.restarts + 1)
+        self.state = replace(self.state, reason=reason, note=None, restarts=self.state.restarts + 1)
         self.log.say(f"not running: {reason}")
+
+    # --- waiting ---
+
+    def _is_our_turn(self) -> bool:
+        first = next((key for key in self.orders.before_us if self._goes_first(key)), None)
+        self._note(f"{first} starts first" if first else None)
+        return first is None
+
+    def _goes_first(self, key: str) -> bool:
+        other = state.read_as_written(self.run_folder, key)
+        if other is None or (not other.is_kept and other.phase is not Phase.STOPPED):
+            return time.monotonic() - self.born < COMING_SECONDS
+        return other.is_kept and other.phase is Phase.WAITING
+
+    def _wait_for_memory(self) -> str | None:
+        """None when every device has what the engine needs, else what is missing after a while."""
+        until = time.monotonic() + MEMORY_SECONDS
+        while missing := self._missing_memory():
+            self._note(f"waits for memory: {missing}")
+            if time.monotonic() > until:
+                return f"{missing}; other programs hold the rest, end them or give this model less"
+            self._pause(POLL_SECONDS)
+        self._note(None)
+        return None
+
+    def _missing_memory(self) -> str | None:
+        try:
+            free = self._free_on_devices()
+        except UserError as error:
+            return str(error)
+        for seat, (_, free_bytes) in zip(self.orders.seats, free, strict=True):
+            if free_bytes < seat.needed_bytes:
+                return f"{seat.label} has {free_bytes / GIB:.1f} GiB free, {seat.needed_bytes / GIB:.1f} are needed"
+        return None
+
+    def _free_on_devices(self) -> list[tuple[str, int]]:
+        """Kind and free bytes of each seat. Raises UserError when a device is no longer there."""
+        present = {device.index: device for device in read_devices(self.orders.visible_devices)}
+        gone = [seat.label for seat in self.orders.seats if seat.index not in present]
+        if gone:
+            raise UserError(f"{' and '.join(gone)}: not there any more")
+        return [(present[seat.index].kind, present[seat.index].free_bytes) for seat in self.orders.seats]
+
+    # --- starting ---
 
     def _start(self) -> str | None:
         """None when the engine is ready, else why it is not."""
-        taken = port_taken(self.settings.environment.engine_host, self.model.port)
-        if taken:
-            return taken
-        if not self.settings.folder(self.model).is_dir():
-            return f"{self.settings.folder(self.model)}: no such folder; put the weights there"
-        began = time.monotonic()
-        failure = self._launch()
+        failure = (
+            port_taken(self.orders.host, self.orders.port)
+            or self._missing_weights()
+            or self._wait_for_memory()
+            or self._launch()
+        )
         if failure:
             return failure
-        while time.monotonic() - began < self.settings.startup_timeout(self.model):
-            if self._has_exited():
-                return self._exit_reason()
-            if is_healthy(self.settings.engine_url(self.model)):
-                self._enter(Phase.READY, reason=None, ready_after=round(time.monotonic() - began, 1))
-                self.log.say(f"ready after {self.state.ready_after} s")
-                return None
-            self._pause(POLL_SECONDS)
-        return f"not ready after {self.settings.startup_timeout(self.model):.0f} s (startup_timeout)"
+        began = time.monotonic()
+        deadline = began + self.orders.startup_timeout
+        failure = self._wait_for_health(deadline) or self._wait_for_first_answer(deadline)
+        if failure is None:
+            self._enter(Phase.READY, reason=None, note=None, ready_after=round(time.monotonic() - began, 1))
+            self.log.say(f"ready after {self.state.ready_after} s")
+        return failure
+
+    def _missing_weights(self) -> str | None:
+        if Path(self.orders.weights).is_dir():
+            return None
+        return f"{self.orders.weights}: no such folder; put the weights there"
 
     def _launch(self) -> str | None:
         # vLLM leaves sockets in TMPDIR when it is killed; in a folder of its own they go with it.
-        scratch = tempfile.mkdtemp(prefix=f"vllm-unified-{self.model.key}-")
+        scratch = tempfile.mkdtemp(prefix=f"vllm-unified-{self.orders.key}-")
         environment = {
-            **self.command.full_environment(self.environ),
+            **self.orders.environment,
             "TMPDIR": scratch,
             "PYTHONUNBUFFERED": "1",
             processes.MARK: self.mark,
         }
         self.state = replace(self.state, scratch=scratch)
         try:
-            self.process = processes.start_group(self.command.argv, environment, self.settings.home)
+            self.process = processes.start_group(self.orders.argv, environment, Path(self.orders.home))
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
             self.state = replace(self.state, scratch=None)
-            return f"{self.command.argv[0]}: {(error.strerror or str(error)).lower()}; is vLLM installed?"
+            return f"{self.orders.argv[0]}: {(error.strerror or str(error)).lower()}; is vLLM installed?"
         self.reader = self.log.follow(self.process)
         self._enter(Phase.STARTING, engine=Process.of(self.process.pid))
         self.log.say(f"started process {self.process.pid}")
         return None
 
+    def _wait_for_health(self, deadline: float) -> str | None:
+        while time.monotonic() < deadline:
+            if self._has_exited():
+                return self._exit_reason()
+            if self._off_thread(lambda: is_healthy(self.orders.url)):
+                return None
+            self._pause(POLL_SECONDS)
+        return self._too_late()
+
+    def _wait_for_first_answer(self, deadline: float) -> str | None:
+        """A server that answers its health check may still fail at the first thing it is asked."""
+        self._note("answers its health check; asked for its first answer")
+        try:
+            refused = self._off_thread(lambda: self._smallest_request(max(1.0, deadline - time.monotonic())))
+        except TimeoutError:
+            return self._too_late()
+        except OSError as error:
+            self._pause(POLL_SECONDS)  # an engine that dies takes a moment to be seen as dead
+            return self._exit_reason() if self._has_exited() else f"its first answer never came: {error}"
+        return f"its first answer is an error: {refused}" if refused else None
+
+    def _too_late(self) -> str:
+        said = self.log.reason()
+        limit = f"not ready after {self.orders.startup_timeout:.0f} s (startup_timeout)"
+        return f"{limit}; last: {said}" if said else limit
+
+    # --- watching ---
+
     def _watch(self) -> str:
+        """Returns why the engine is gone, or has to go."""
+        check = self.orders.progress
+        misses = 0
         while not self._has_exited():
-            self._pause(60.0)  # SIGCHLD ends the pause at once
+            if not check.enabled:
+                self._pause(60.0)  # SIGCHLD ends the pause at once
+                continue
+            before = self._counters()
+            self._pause_unless_exited(check.interval)
+            if self._has_exited() or self._made_progress(before):
+                misses = 0
+                self._note(None)
+                continue
+            misses += 1
+            self._note(f"no progress, {misses} of {check.misses} looks in a row")
+            self.log.say(str(self.state.note))
+            if misses >= check.misses and not self._has_exited():
+                return f"hung: its server answers, but {misses} looks of {check.timeout:g} s saw no progress"
         return self._exit_reason()
+
+    def _made_progress(self, before: Counters | None) -> bool:
+        """Whether its counters moved, or else, when nothing is in it, whether it answers a request of ours.
+
+        An engine in the middle of a long prefill moves no counter and is not asked: it has `timeout` seconds.
+        """
+        deadline = time.monotonic() + self.orders.progress.timeout
+        asked: Future[str | None] | None = None
+        pause = 0.02
+        while not self._has_exited():
+            now = self._counters()
+            if before and now and now.work != before.work:
+                return True
+            if asked is None and (now is None or now.requests == 0):
+                asked = _in_background(lambda: self._smallest_request(self.orders.progress.timeout))
+            if asked and asked.done():
+                return asked.exception() is None and asked.result() is None
+            if time.monotonic() > deadline:
+                return False
+            pause = min(pause * 2, POLL_SECONDS)
+            self._pause(pause)
+        return True
+
+    def _counters(self) -> Counters | None:
+        """None also when the server does not answer: then the request of ours decides."""
+        try:
+            return self._off_thread(lambda: progress.read_counters(self.orders.url))
+        except OSError:
+            return None
+
+    def _smallest_request(self, timeout: float) -> str | None:
+        orders = self.orders
+        return progress.smallest_request(orders.url, orders.kind, orders.name, orders.api_key, timeout)
+
+    def _off_thread(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns or raises; meanwhile we hear when we are told to stop."""
+        asked = _in_background(work)
+        pause = 0.002
+        while not asked.done():
+            self._pause(pause)
+            pause = min(pause * 2, POLL_SECONDS)
+        return asked.result()
 
     def _pause(self, seconds: float) -> None:
         """Wait, at most until a child ends. Raises _StopRequested when we are told to stop."""
         if processes.wait_for_signal(seconds) in (signal.SIGTERM, signal.SIGINT):
             raise _StopRequested
 
+    def _pause_unless_exited(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._has_exited() and (left := until - time.monotonic()) > 0:
+            self._pause(left)
+
     def _has_exited(self) -> bool:
         return self.process is None or self.process.poll() is not None
+
+    # --- ending ---
 
     def _exit_reason(self) -> str:
         code = self.process.returncode if self.process else None
@@ -153,7 +307,7 @@ class Keeper:
         return f"{said} ({how})" if said else how
 
     def _end_engine(self) -> None:
-        """Nothing of the group is left when this returns, and all that it wrote is in the log."""
+        """Nothing of the group is left when this returns, its memory is back, and all that it wrote is in the log."""
         if self.process is None:
             return
         self.process.poll()
@@ -165,42 +319,109 @@ class Keeper:
         if self.state.scratch:
             shutil.rmtree(self.state.scratch, ignore_errors=True)
         self.state = replace(self.state, engine=None, scratch=None)
+        self._wait_for_memory_back()
+
+    def _wait_for_memory_back(self) -> None:
+        """A driver gives back what a killed process held some time after the process: wait until that settles."""
+        until = time.monotonic() + SETTLING_SECONDS
+        free = self._free_on_gpus()
+        while free and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            before, free = free, self._free_on_gpus()
+            if free - before < SETTLED_BYTES:
+                return
+
+    def _free_on_gpus(self) -> int:
+        """Of the CPU's memory nothing is held when a process has ended: 0."""
+        try:
+            return sum(free_bytes for kind, free_bytes in self._free_on_devices() if kind == "cuda")
+        except UserError:  # a GPU that fell off the bus is no reason to wait
+            return 0
 
     def _end_predecessors_engine(self) -> None:
-        before = state.read_as_written(self.settings.run, self.model.key)
+        before = state.read_as_written(self.run_folder, self.orders.key)
         if before is None or before.engine is None:
             return
         if processes.end_left_over(before.engine, self.mark):
             self.log.say(f"ended process group {before.engine.pid}, left behind by a killed keeper")
-        if before.scratch and Path(before.scratch).name.startswith(f"vllm-unified-{self.model.key}-"):
+        if before.scratch and Path(before.scratch).name.startswith(f"vllm-unified-{self.orders.key}-"):
             shutil.rmtree(before.scratch, ignore_errors=True)
 
     def _back_off(self) -> None:
-        longest = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** min(self.failures_in_a_row - 1, 16))
+        longest = min(self.orders.longest_backoff, FIRST_BACKOFF_SECONDS * 2 ** min(self.failures_in_a_row - 1, 16))
         seconds = longest * random.uniform(0.75, 1.0)  # noqa: S311  (jitter, not a secret)
-        self._enter(Phase.BACKOFF, retry_at=time.time() + seconds)
         until = time.monotonic() + seconds
+        self._enter(Phase.BACKOFF, retry_at=until)
         while (left := until - time.monotonic()) > 0:
             self._pause(left)
         self.state = replace(self.state, retry_at=None)
 
     def _leave(self) -> None:
         was_ready = self.state.phase is Phase.READY
-        self._enter(Phase.STOPPING)
-        # Nothing is in flight before it is ready; and SIGTERM during warm-up leaves workers (vLLM #44751).
-        if was_ready and self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            until = time.monotonic() + self.settings.system.drain_timeout + LEAVING_SECONDS
-            while self.process.poll() is None and time.monotonic() < until:
-                processes.wait_for_signal(until - time.monotonic())
-        self._end_engine()
-        self._enter(Phase.STOPPED, keeper=None, devices=(), reason=None, retry_at=None, ready_after=None)
+        if was_ready:
+            self._drain()
+        # Many may leave a device at the same time, but none starts on it before their memory is back.
+        with locks.shared(self.lock_folder, self.device_locks):
+            self._enter(Phase.STOPPING)
+            # SIGTERM during warm-up leaves workers (vLLM #44751), and there is nothing to lose yet.
+            if was_ready and self.process is not None and self.process.poll() is None:
+                self.process.terminate()
+                self._wait_for_exit(LEAVING_SECONDS)
+            self._end_engine()
+        self._enter(Phase.STOPPED, keeper=None, devices=(), reason=None, note=None, retry_at=None, ready_after=None)
         self.log.say("stopped")
         self.log.close()
 
+    def _drain(self) -> None:
+        """Let what is in the engine end. We are told to stop already: further signals change nothing."""
+        self._enter(Phase.DRAINING)
+        until = time.monotonic() + self.orders.drain_timeout
+        if self.orders.drain_timeout:
+            self._wait_for_exit(NOTICE_SECONDS)
+        while not self._has_exited() and time.monotonic() < until:
+            try:
+                counters = progress.read_counters(self.orders.url, timeout=max(0.1, until - time.monotonic()))
+            except OSError:
+                return
+            if counters is None or counters.requests == 0:
+                return
+            self._wait_for_exit(POLL_SECONDS)
+
+    def _wait_for_exit(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._has_exited() and (left := until - time.monotonic()) > 0:
+            processes.wait_for_signal(left)
+
+    # --- the state ---
+
+    def _note(self, note: str | None) -> None:
+        if note != self.state.note:
+            self.state = replace(self.state, note=note)
+            self._write_state()
+
     def _enter(self, phase: Phase, **changes: object) -> None:
-        self.state = replace(self.state, phase=phase, since=time.time(), **changes)  # type: ignore[arg-type]
-        self.state.write(self.settings.run)
+        self.state = replace(self.state, phase=phase, since=time.monotonic(), **changes)  # type: ignore[arg-type]
+        self._write_state()
+
+    def _write_state(self) -> None:
+        try:
+            self.state.write(self.run_folder)
+        except OSError as error:  # a disk that is full must not end an engine that works
+            self.log.say(f"cannot write the state: {error.strerror or error}")
+
+
+def _in_background(work: Callable[[], Result]) -> "Future[Result]":
+    """In a thread of its own, which may hang for ever without holding up anything else."""
+    future: Future[Result] = Future()
+    threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
+    return future
+
+
+def _fulfil(future: "Future[Result]", work: Callable[[], Result]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
 
 
 def is_healthy(url: str) -> bool:
@@ -221,3 +442,16 @@ def port_taken(host: str, port: int) -> str | None:
         except OSError as error:
             return f"port {port} on {host}: {(error.strerror or str(error)).lower()}"
     return None
+
+
+def main() -> None:
+    with open(int(sys.argv[2]), encoding="utf-8") as file:
+        orders = Orders.from_json(file.read())
+    try:
+        Keeper(orders).run()
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

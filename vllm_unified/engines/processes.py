@@ -22,7 +22,7 @@ MARK = "VLLM_UNIFIED_ENGINE"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def become_keeper() -> None:
+def become_parent() -> None:
     """Wait for signals instead of being interrupted by them; adopt orphaned grandchildren."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WAKING_SIGNALS)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -96,7 +96,7 @@ def _belongs_to(process: psutil.Process, leader: Process, mark: str) -> bool:
     try:
         return (
             os.getpgid(process.pid) == leader.pid
-            and process.create_time() > leader.started - 0.1
+            and Process.of(process.pid).started >= leader.started
             and process.environ().get(MARK) == mark
         )
     except (psutil.Error, OSError):

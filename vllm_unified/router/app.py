@@ -59,7 +59,9 @@ def _add_health(app: FastAPI, registry: Registry) -> None:
 
     @app.get("/ready")
     async def ready() -> Response:
-        waiting = {each.model.key: each.error for each in registry.upstreams if each.model.required and not each.ready}
+        waiting = {
+            each.model.key: each.problem for each in registry.upstreams if each.model.required and not each.ready
+        }
         if waiting:
             return JSONResponse({"status": "not ready", "waiting_for": waiting}, 503)
         return JSONResponse({"status": "ready"})
@@ -76,7 +78,7 @@ def _services(registry: Registry) -> dict[str, dict[str, Any]]:
         each.model.key: {
             "status": "healthy" if each.ready else "unhealthy",
             "port": each.model.port,
-            **({"model": each.model.name} if each.ready else {"error": each.error}),
+            **({"model": each.model.name} if each.ready else {"error": each.problem}),
         }
         for each in registry.upstreams
     }

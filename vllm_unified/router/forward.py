@@ -95,23 +95,29 @@ class _Exchange:
 
     async def run(self, body: bytes) -> None:
         """Raises RequestError only while nothing was sent to the client."""
+        if self.upstream.closed:
+            raise self._not_ready()
         request = self.forwarder.session.post(self._url(), data=body, headers=self._headers(), allow_redirects=False)
         try:
             answer = await request
         except (aiohttp.ClientConnectorError, TimeoutError):  # the only time limit is on connecting
-            words = (self.upstream.error or "it does not answer on its port", self.upstream.reason)
-            why = ": ".join(word for word in words if word)
-            raise not_ready(f'"{self.upstream.model.name}" is not ready: {why}', RETRY_AFTER_SECONDS) from None
+            raise self._not_ready() from None
         except aiohttp.ClientError as error:
             log.warning("%s: %s", self.upstream.model.key, error or type(error).__name__)
-            gone = isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
-            raise self._engine_error(
-                "closed the connection" if gone else "answered something that is not HTTP"
-            ) from None
+            if isinstance(
+                error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError
+            ):  # it ended; its keeper sees it
+                raise self._not_ready("it closed the connection before it answered") from None
+            raise self._engine_error("answered something that is not HTTP") from None
         async with answer:
             if not 200 <= answer.status < 600:
                 raise self._engine_error(f"answered with the status {answer.status}")
             await self._pass_on(answer)
+
+    def _not_ready(self, what: str | None = None) -> RequestError:
+        words = (what or self.upstream.problem or "it does not answer on its port", self.upstream.reason)
+        why = ": ".join(word for word in words if word)
+        return not_ready(f'"{self.upstream.model.name}" is not ready: {why}', RETRY_AFTER_SECONDS)
 
     def _engine_error(self, what: str) -> RequestError:
         return RequestError(502, f'"{self.upstream.model.name}" {what}', code="engine_error")

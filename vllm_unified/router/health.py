@@ -1,34 +1,63 @@
-"""Looks at every engine each `health_check_interval`."""
+"""What is known of every engine: its keeper's word at once, and its own health check each `health_check_interval`."""
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
 
 from vllm_unified import state
 from vllm_unified.router.registry import Registry, Upstream
-from vllm_unified.state import Phase
+from vllm_unified.state import EngineState, Phase
 
 LOOK_SECONDS = 5.0
-# Of an engine that refuses connections, where the name of its keeper's phase would not say it.
-REFUSES = {Phase.BACKOFF: "failed, tried again soon", Phase.READY: "it does not answer on its port"}
+STATE_SECONDS = 0.25
+# Where the name of a keeper's phase would not say it.
+NOT_READY = {
+    Phase.WAITING: "waiting for its device",
+    Phase.BACKOFF: "failed, tried again soon",
+    Phase.DRAINING: "stopping",
+}
 
 log = logging.getLogger(__name__)
 
 
 async def watch(registry: Registry, session: aiohttp.ClientSession, run: Path, interval: float) -> None:
+    async def look_at_all() -> None:
+        await look(registry, session, run)
+
+    async def hear_all() -> None:
+        for upstream in registry.upstreams:
+            hear_keeper(upstream, state.read(run, upstream.model.key))
+
+    await asyncio.gather(_for_ever(look_at_all, interval), _for_ever(hear_all, STATE_SECONDS))
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]], interval: float) -> None:
     while True:
         try:
-            await look(registry, session, run)
+            await work()
         except Exception:  # an end of the watch would freeze what is known of every engine
             log.exception("looking at the engines failed")
         await asyncio.sleep(interval)
 
 
+def hear_keeper(upstream: Upstream, said: EngineState) -> None:
+    """A keeper closes its engine to us before it stops it, and opens it when it answered a first request."""
+    was_closed = upstream.closed is not None
+    if said.is_kept and said.phase is not Phase.READY:
+        upstream.closed, upstream.reason = NOT_READY.get(said.phase, str(said.phase)), said.reason
+    else:
+        upstream.closed = None
+        if was_closed and said.is_kept:
+            upstream.error = upstream.reason = None
+
+
 async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) -> None:
-    found = await asyncio.gather(*(_look_at(upstream, session, run) for upstream in registry.upstreams))
-    for upstream, (error, reason) in zip(registry.upstreams, found, strict=True):
+    upstreams = [upstream for upstream in registry.upstreams if not upstream.closed]
+    found = await asyncio.gather(*(_look_at(upstream, session, run) for upstream in upstreams))
+    for upstream, (error, reason) in zip(upstreams, found, strict=True):
         upstream.error, upstream.reason = error, reason
 
 
@@ -40,6 +69,6 @@ async def _look_at(upstream: Upstream, session: aiohttp.ClientSession, run: Path
             return (None if answer.status == 200 else f"its health check answers {answer.status}"), None
     except aiohttp.ClientConnectorError:
         known = state.read(run, upstream.model.key)
-        return REFUSES.get(known.phase, str(known.phase)), known.reason
+        return "stopped" if known.phase is Phase.STOPPED else "it does not answer on its port", known.reason
     except (aiohttp.ClientError, TimeoutError) as error:
         return f"its health check fails: {error or type(error).__name__}", None

@@ -15,17 +15,22 @@ class Upstream:
     """A model's own server.
 
     `error`: why it is not ready, in words for everyone; None when it is ready. `reason`: what its log says,
-    for those with a key.
+    for those with a key. `closed`: its keeper says that nothing may be sent to it.
     """
 
     model: Model
     url: str
+    closed: str | None = None
     error: str | None = "not looked at yet"
     reason: str | None = None
 
     @property
     def ready(self) -> bool:
-        return self.error is None
+        return self.problem is None
+
+    @property
+    def problem(self) -> str | None:
+        return self.closed or self.error
 
 
 class Registry:

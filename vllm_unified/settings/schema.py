@@ -175,6 +175,21 @@ class SystemSettings(_Strict):
     drain_timeout: float = Field(
         default=30.0, ge=0, le=3600, description="seconds that requests in flight are given when a server stops"
     )
+    longest_backoff: float = Field(
+        default=300.0, ge=1, le=3600, description="longest pause between two tries of a model that fails, in seconds"
+    )
+    progress_check: bool = Field(
+        default=True, description="restart an engine that hangs though it answers its health check"
+    )
+    progress_interval: float = Field(
+        default=30.0, gt=0, le=3600, description="seconds between two looks at an engine's progress"
+    )
+    progress_timeout: float = Field(
+        default=120.0, gt=0, le=3600, description="seconds without progress that make a look a miss"
+    )
+    progress_misses: int = Field(
+        default=3, ge=1, le=100, description="misses in a row that make an engine count as hung"
+    )
 
 
 class ModelsFile(_Strict):

@@ -4,7 +4,7 @@ import re
 import shlex
 import sys
 
-from vllm_unified.engines.keeper import LEAVING_SECONDS
+from vllm_unified.engines.keeper import LEAVING_SECONDS, SETTLING_SECONDS
 from vllm_unified.settings import Settings
 
 # Time for a keeper to kill what did not leave, after all that it grants the engine.
@@ -14,7 +14,7 @@ KEEPER_SECONDS = 10
 def supervisord_conf(settings: Settings) -> str:
     """The router and one keeper a model. `%(here)s` is the folder of the file itself, run/."""
     engine_keys = [model.key for model in settings.models]
-    patience = round(settings.system.drain_timeout + LEAVING_SECONDS + KEEPER_SECONDS)
+    patience = round(settings.system.drain_timeout + LEAVING_SECONDS + SETTLING_SECONDS + KEEPER_SECONDS)
     sections = [
         _MAIN.format(config=settings.file),
         _program("router", [*_cli(settings), "router"], priority=100, patience=patience),

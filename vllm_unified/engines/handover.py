@@ -1,0 +1,61 @@
+"""From the settings to the orders of one keeper, and from this process into that keeper."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NoReturn
+
+from vllm_unified.devices import read_devices
+from vllm_unified.engines.command import engine_command
+from vllm_unified.engines.orders import Orders, ProgressCheck, Seat
+from vllm_unified.engines.placement import plan
+from vllm_unified.settings import Model, Settings
+
+
+def orders_for(settings: Settings, model: Model, environ: Mapping[str, str]) -> Orders:
+    """Raises UserError when there is no API key, or no place for the model."""
+    environment = settings.environment
+    # What others hold now is waited for in the device's turn; it is no reason to give up.
+    present = [replace(device, free_bytes=device.total_bytes) for device in read_devices(environment.visible_devices)]
+    planned = plan(settings, present)
+    placed = planned.of(model.key)
+    system = settings.system
+    return Orders(
+        key=model.key,
+        kind=model.type,
+        name=model.name,
+        home=str(settings.home),
+        run=str(settings.run),
+        weights=str(settings.folder(model)),
+        host=environment.engine_host,
+        port=model.port,
+        url=settings.engine_url(model),
+        api_key=settings.require_api_key(),
+        argv=engine_command(settings, placed).argv,
+        environment=engine_command(settings, placed).full_environment(environ),
+        seats=tuple(Seat(device.index, device.label, placed.bytes_each) for device in placed.devices),
+        visible_devices=environment.visible_devices,
+        devices_file=None,
+        before_us=(),
+        startup_timeout=settings.startup_timeout(model),
+        drain_timeout=system.drain_timeout,
+        longest_backoff=system.longest_backoff,
+        progress=ProgressCheck(
+            enabled=system.progress_check,
+            interval=system.progress_interval,
+            timeout=system.progress_timeout,
+            misses=system.progress_misses,
+        ),
+    )
+
+
+def become_keeper(orders: Orders) -> NoReturn:
+    """The same process, so that supervisord keeps its child, without the memory that the settings took."""
+    descriptor = os.memfd_create(f"orders-{orders.key}", flags=0)  # no file: the orders hold secrets
+    with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
+        file.write(orders.to_json())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.execv(  # noqa: S606  (our own interpreter and module)
+        sys.executable, [sys.executable, "-m", "vllm_unified.engines.keeper", orders.key, str(descriptor)]
+    )
