@@ -10,6 +10,7 @@ behaves; every field may be left out:
     hang: true, so that POST requests are never answered; SIGUSR1 does the same later on
     busy_seconds: what a POST takes, during which no counter moves
     refuse: status of every answer to a POST           no_metrics: true, so that there are no counters
+    unhealthy_after_refusal: true                      hang_up: true, so that a POST's connection is cut
     break_stream: chunks after which a stream's connection is cut
 """
 
@@ -40,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self.answer(200, {})
+            self.answer(503 if BEHAVIOUR.get("unhealthy") else 200, {})
         elif self.path == "/seen":
             self.answer(200, SEEN)
         elif self.path == "/metrics" and not BEHAVIOUR.get("no_metrics"):
@@ -69,7 +70,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         time.sleep(BEHAVIOUR.get("busy_seconds", 0))
         COUNTERS["vllm:iteration_tokens_total_count"] += 1
-        if "refuse" in BEHAVIOUR:
+        if BEHAVIOUR.get("hang_up"):
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif "refuse" in BEHAVIOUR:
+            BEHAVIOUR["unhealthy"] = BEHAVIOUR.get("unhealthy_after_refusal", False)
             self.answer(BEHAVIOUR["refuse"], {"error": {"message": "fake engine: refused"}})
         elif request.get("stream"):
             self.stream()

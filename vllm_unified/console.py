@@ -102,23 +102,25 @@ def _log(settings: Settings, model: Model) -> Path:
     return path.relative_to(settings.home)
 
 
-def state_table(found: Iterable[Row], usage: Mapping[str, Usage] | None = None) -> Table:
-    """A line a model; with `usage` also where it runs, what it holds and does."""
+def state_table(found: Sequence[Row], usage: Mapping[str, Usage] | None = None) -> RenderableType:
+    """A line a model, with `usage` also what it holds and does; below it what there is to say of some of them."""
     more = ("device", "memory", "requests") if usage else ()
-    table = Table("model", "type", "port", "state", "for", "restarts", *more, "", box=None, pad_edge=False)
+    table = Table("model", "port", "state", "for", "restarts", *more, box=None, pad_edge=False)
     for row in found:
         style = STYLES[row.state.phase]
         table.add_row(
             row.model.key,
-            row.model.type,
             str(row.model.port),
             f"[{style}]{row.state.phase}[/]",
             duration(time.monotonic() - row.state.since),
             str(row.state.restarts),
             *(_usage_cells(row.state, usage[row.model.key]) if usage else ()),
-            Text(row.note),  # an engine's own words, which may look like markup
         )
-    return table
+    for column in table.columns:
+        column.no_wrap = True
+    said = [row for row in found if row.note and (row.state.phase is not Phase.READY or row.state.note)]
+    # Text, because an engine's own words may look like markup
+    return Group(table, *(Text(f"{row.model.key}: {row.note}") for row in said))
 
 
 def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:

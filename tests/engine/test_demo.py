@@ -1,18 +1,12 @@
-"""The four demonstration models on the real vLLM, through the router and on their own ports.
-
-The tests run in their order: the last one stops the deployment.
-"""
+"""The four demonstration models on the real vLLM, through the router and on their own ports."""
 
 import base64
 import io
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -152,39 +146,3 @@ def test_the_list_of_flags_is_that_of_the_installed_vllm() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     installed = json.loads(done.stdout.splitlines()[-1])
     assert flags.known() == installed, "run scripts/list_vllm_flags.py"
-
-
-def test_a_killed_api_server_comes_back_and_leaves_no_orphan(demo: Demo) -> None:
-    before = demo.status()["models"]["rerank"]
-    group = [each for each in psutil.process_iter() if os.getpgid(each.pid) == before["pid"]]
-    assert len(group) >= 3
-    os.kill(before["pid"], signal.SIGKILL)
-    with demo.client("router") as client:
-        eventually(lambda: not any(each.is_running() for each in group), 10)
-        refused = httpx.post(
-            f"{demo.url('router')}/rerank",
-            json={"model": "demo-rerank", "query": "x", "documents": ["y"]},
-            headers=HEADERS,
-        )
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"]
-        assert client.embeddings.create(model="demo-embedding", input="x").data, "the others go on"
-    eventually(lambda: demo.status()["models"]["rerank"]["state"] == "ready", 180)
-    after = demo.status()["models"]["rerank"]
-    assert after["restarts"] == before["restarts"] + 1
-    assert after["pid"] != before["pid"]
-
-
-def test_stop_leaves_nothing(demo: Demo) -> None:
-    group = [demo.status()["models"][key]["pid"] for key in ("chat", "embedding", "rerank", "ocr")]
-    states = [json.loads(path.read_text()) for path in (demo.home / "run" / "engines").iterdir()]
-    assert demo.run("stop").returncode == 0
-    for process in psutil.process_iter():
-        try:
-            assert os.getpgid(process.pid) not in group
-            assert process.environ().get("VLLM_UNIFIED_HOME") != str(demo.home)
-        except (psutil.Error, ProcessLookupError):
-            continue
-    left = {path.name for path in (demo.home / "run").iterdir()}
-    assert left <= {"logs", "cache", "supervisord.conf"}
-    assert not any(Path(state["scratch"]).exists() for state in states)

@@ -215,6 +215,51 @@ def test_a_ready_engine_that_refuses_connections_is_not_called_ready(deployment:
         assert error_of(answer)["message"] == '"chat" is not ready: it does not answer on its port'
 
 
+def keeper_says(deployment: Deployment, phase: Phase, **fields: Any) -> None:
+    """As its keeper would write it; this process stands for the keeper."""
+    said = EngineState("chat", phase, since=time.monotonic(), keeper=Process.of(os.getpid()), **fields)
+    said.write(deployment.project.home / "run")
+
+
+def test_a_keeper_that_drains_its_engine_is_heard_at_once(deployment: Deployment) -> None:
+    """Long before the next health check, which would find nothing wrong."""
+    deployment.start({"chat": {"type": "chat"}}, health_check_interval=5)
+    with deployment.client() as client:
+        assert client.post("/v1/chat/completions", json={"model": "chat"}).status_code == 200
+        keeper_says(deployment, Phase.DRAINING)
+        time.sleep(0.6)
+        answer = client.post("/v1/chat/completions", json={"model": "chat"})
+        assert answer.status_code == 503
+        assert error_of(answer)["message"] == '"chat" is not ready: stopping'
+        assert client.get("/ready").json()["waiting_for"] == {"chat": "stopping"}
+        keeper_says(deployment, Phase.BACKOFF, reason="a secret of its log")
+        eventually(lambda: "failed, tried again soon" in client.get("/health").text)
+        assert "secret" not in client.get("/health").text
+        assert "a secret of its log" in client.post("/v1/chat/completions", json={"model": "chat"}).text
+        keeper_says(deployment, Phase.READY)
+        eventually(lambda: client.post("/v1/chat/completions", json={"model": "chat"}).status_code == 200)
+
+
+def test_a_failing_answer_of_a_dying_engine_is_503(deployment: Deployment) -> None:
+    """vLLM answers 500 to what was in it when its core died; a 500 of a healthy engine is its own."""
+    deployment.start(
+        {
+            "dying": {"type": "chat", "fake": {"refuse": 500, "unhealthy_after_refusal": True}},
+            "healthy": {"type": "chat", "fake": {"refuse": 500}},
+            "gone": {"type": "chat", "fake": {"hang_up": True}},
+        },
+        health_check_interval=5,
+    )
+    with deployment.client() as client:
+        own = client.post("/v1/chat/completions", json={"model": "healthy"})
+        assert own.status_code == 500
+        assert "x-error-source" not in own.headers
+        for name, what in (("dying", "it failed while it answered"), ("gone", "it closed the connection")):
+            answer = client.post("/v1/chat/completions", json={"model": name})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert what in error_of(answer)["message"]
+
+
 def test_what_old_scripts_rely_on(deployment: Deployment, client: httpx.Client) -> None:
     """KnowFlow's shapes."""
     assert client.get("/health").json() == {

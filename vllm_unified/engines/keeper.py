@@ -340,9 +340,10 @@ class Keeper:
 
     def _end_predecessors_engine(self) -> None:
         before = state.read_as_written(self.run_folder, self.orders.key)
-        if before is None or before.engine is None:
+        if before is None or before.phase is Phase.STOPPED:
             return
-        if processes.end_left_over(before.engine, self.mark):
+        self.state = replace(self.state, restarts=before.restarts + 1, reason="its keeper was killed")
+        if before.engine and processes.end_left_over(before.engine, self.mark):
             self.log.say(f"ended process group {before.engine.pid}, left behind by a killed keeper")
         if before.scratch and Path(before.scratch).name.startswith(f"vllm-unified-{self.orders.key}-"):
             shutil.rmtree(before.scratch, ignore_errors=True)

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_unified.router.health import is_healthy
 from vllm_unified.router.problems import RequestError, not_ready
 from vllm_unified.router.registry import Registry, Upstream
 from vllm_unified.router.routes import Route
@@ -112,6 +113,9 @@ class _Exchange:
         async with answer:
             if not 200 <= answer.status < 600:
                 raise self._engine_error(f"answered with the status {answer.status}")
+            if answer.status >= 500 and not await is_healthy(self.forwarder.session, self.upstream.url):
+                # What was in an engine when its core died is answered with 500; it is about to be restarted.
+                raise self._not_ready("it failed while it answered")
             await self._pass_on(answer)
 
     def _not_ready(self, what: str | None = None) -> RequestError:

@@ -61,6 +61,15 @@ async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) ->
         upstream.error, upstream.reason = error, reason
 
 
+async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=LOOK_SECONDS)) as answer:
+            await answer.read()
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
 async def _look_at(upstream: Upstream, session: aiohttp.ClientSession, run: Path) -> tuple[str | None, str | None]:
     """What is wrong, in words for everyone, and what the engine's log says of it; both None when it is ready."""
     try:

@@ -182,7 +182,7 @@ class SystemSettings(_Strict):
         default=True, description="restart an engine that hangs though it answers its health check"
     )
     progress_interval: float = Field(
-        default=30.0, gt=0, le=3600, description="seconds between two looks at an engine's progress"
+        default=60.0, gt=0, le=3600, description="seconds between two looks at an engine's progress"
     )
     progress_timeout: float = Field(
         default=120.0, gt=0, le=3600, description="seconds without progress that make a look a miss"
