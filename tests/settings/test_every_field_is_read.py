@@ -61,6 +61,9 @@ MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {
     "served_model_names": (["alias"], command),
     "gpus": ([3], devices),
     "gpu_memory_utilization": (0.5, command),
+    "memory_gib": (40, command),
+    "kv_cache_memory_gib": (8, command),
+    "priority": (-1, lambda settings: placement.plan(settings, GPUS).order),
     "max_model_len": (100, command),
     "tensor_parallel_size": (2, command),
     "pipeline_parallel_size": (2, command),
@@ -142,6 +145,7 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "VLLM_API_KEY": ("sk-another", lambda settings: (environment(settings), routed(settings))),
     "HF_TOKEN": ("hf_x", environment),
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
+    "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
 }
 
