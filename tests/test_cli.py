@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ def cards(project: Project, **first: float) -> str:
 
 
 def test_plan_for_other_devices(small: Project) -> None:
-    models = {"a": {"gpus": [0], "gpu_memory_utilization": 0.6}, "b": {"memory_gib": 20, "priority": 1}}
+    models: dict[str, Any] = {"a": {"gpus": [0], "gpu_memory_utilization": 0.6}, "b": {"memory_gib": 20, "priority": 1}}
     small.write({key: {"name": key, "type": "chat", "port": ord(key), **rest} for key, rest in models.items()})
     file = cards(small, free_gib=70)
     document = json.loads(run(small, "plan", "--json", "--devices", file).stdout)
