@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Start, stop and look after the deployment.
 set -euo pipefail
+readonly CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
@@ -22,6 +23,8 @@ usage: ./deploy.sh VERB [options]
                                   what a model (or router) wrote last; without MODEL, all
   health                          the router's own report; exit code 0 when healthy
   check                           is the configuration right, and can this machine run it?
+  plan [--json] [--devices FILE]  which model takes how much of which device, and what does not fit
+                                  --devices: plan for the devices in FILE in place of this machine's
   clean [--force]                 stop, and remove .venv, run/ and models/demo; configuration, key and weights stay
   help                            this text
 
@@ -37,7 +40,7 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | status | logs | health | check | clean) "verb_$verb" "$@" ;;
+    start | stop | restart | status | logs | health | check | plan | clean) "verb_$verb" "$@" ;;
     help | -h | --help) usage ;;
     *)
       usage >&2
@@ -163,6 +166,14 @@ verb_check() {
   cli check --machine
 }
 
+verb_plan() {
+  install_package >&2
+  local home config=()
+  home=$(home)
+  is_running && config=(--config "$(<"$home/run/config")")
+  (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" plan "$@")
+}
+
 verb_clean() {
   [[ $# == 0 || ($# == 1 && $1 == --force) ]] || wrong_usage "${2:-$1}"
   local targets=("$VENV" "$(home)/run" "$(home)/models/demo")
@@ -275,7 +286,7 @@ stop_all() {
 remove_state() {
   local run
   run=$(home)/run
-  rm -rf -- "$run/engines" "$run/locks" "$run/supervisor.sock" "$run/supervisord.pid" "$run/config"
+  rm -rf -- "$run/engines" "$run/locks" "$run/supervisor.sock" "$run/supervisord.pid" "$run/config" "$run/placement.json"
 }
 
 # One deploy.sh at a time changes something. The lock is on the folder itself, so none is left behind.

@@ -16,6 +16,7 @@ from vllm_unified.settings import Settings, load
 
 CHECKOUT = Path(__file__).parents[1]
 FAKE_ENGINE = f"{sys.executable} {CHECKOUT / 'tests' / 'fake_engine.py'}"
+TOPOLOGIES = CHECKOUT / "tests" / "topologies"
 API_KEY = "sk-of-the-tests"
 
 
@@ -40,10 +41,14 @@ class Project:
     def load(self, environ: Mapping[str, str] | None = None) -> Settings:
         return load(self.file, self.home, environ or {})
 
-    def model_folder(self, key: str) -> None:
+    def model_folder(self, key: str, weights: float = 0, architecture: str | None = None) -> None:
+        """`weights`: GiB, of a file without content."""
         folder = self.home / "models" / key
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text(json.dumps({"architectures": [architecture]} if architecture else {}))
+        if weights:
+            with (folder / "model.safetensors").open("wb") as file:
+                file.truncate(int(weights * (1 << 30)))
 
 
 @pytest.fixture

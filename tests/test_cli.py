@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,59 @@ def test_plan(small: Project) -> None:
     assert "chat" in run(small, "plan").stdout
 
 
+def cards(project: Project, **first: float) -> str:
+    file = project.home / "cards.json"
+    file.write_text(json.dumps({"devices": [{"memory_gib": 80, **first}, {"memory_gib": 80}]}))
+    return str(file)
+
+
+def test_plan_for_other_devices(small: Project) -> None:
+    models: dict[str, Any] = {"a": {"gpus": [0], "gpu_memory_utilization": 0.6}, "b": {"memory_gib": 20, "priority": 1}}
+    small.write({key: {"name": key, "type": "chat", "port": ord(key), **rest} for key, rest in models.items()})
+    file = cards(small, free_gib=70)
+    document = json.loads(run(small, "plan", "--json", "--devices", file).stdout)
+    gib = 1 << 30
+    assert document["order"] == ["b", "a"]
+    first, second = document["devices"]
+    assert (first["models"], second["models"]) == ({"a": 49 * gib}, {"b": 21 * gib})
+    assert (first["held_by_others_bytes"], first["left_bytes"]) == (10 * gib, 21 * gib)
+    assert document["models"]["b"] == {
+        "devices": ["GPU 1"],
+        "gpu_memory_utilization": 0.25,
+        "starts_after": [],
+        "of_each_device": [{"weights_bytes": 0, "cache_bytes": 20 * gib, "margin_bytes": gib, "asked_bytes": 21 * gib}],
+    }
+    assert [line.rstrip() for line in run(small, "plan", VLLM_UNIFIED_DEVICES=file).stdout.splitlines()] == [
+        "GPU 0  stand-in  80.0 GiB, 10.0 held by others",
+        "  ░░░░░░▏a                           ▏            ▏",
+        *(f"  {line}" for line in ("a         49.0 GiB  cache 48.0 + margin 1.0", "together  49.0 GiB  21.0 GiB left")),
+        "",
+        "GPU 1  stand-in  80.0 GiB, 0.0 held by others",
+        "  ▏b           ▏                                  ▏",
+        *(f"  {line}" for line in ("b         21.0 GiB  cache 20.0 + margin 1.0", "together  21.0 GiB  59.0 GiB left")),
+        "",
+        "starting order: b, a",
+    ]
+
+
+def test_a_file_of_the_command_line_goes_before_the_variable(small: Project) -> None:
+    small.write({"a": {"name": "a", "type": "chat", "gpus": [0], "gpu_memory_utilization": 0.6}})
+    shown = run(small, "show", "a", "--devices", cards(small), VLLM_UNIFIED_DEVICES="/none.json")
+    assert "CUDA_VISIBLE_DEVICES=GPU-0" in shown.stdout
+    assert "/none.json: no such file" in run(small, "show", "a", VLLM_UNIFIED_DEVICES="/none.json").stderr
+
+
+def test_check_machine_counts_what_others_hold(small: Project) -> None:
+    small.write({"a": {"name": "a", "type": "chat", "gpus": [0], "gpu_memory_utilization": 0.6}})
+    small.model_folder("a")
+    file = cards(small, free_gib=20)
+    assert run(small, "check", "--devices", file).returncode == 0
+    assert run(small, "check", "--machine", "--devices", file).stderr == (
+        "config/models.json: models: GPU 0 has 80.0 GiB (60.0 held by others), asked for 49.0 (a 49.0); "
+        "put a on GPU 1\n"
+    )
+
+
 def test_show_can_be_pasted(small: Project) -> None:
     shown = run(small, "show", "c", VLLM_API_KEY=API_KEY).stdout
     assert API_KEY not in shown
@@ -119,6 +173,7 @@ def test_show_can_be_pasted(small: Project) -> None:
 def test_render_and_init(small: Project) -> None:
     assert run(small, "render").returncode == 0
     assert "[program:chat]" in (small.home / "run" / "supervisord.conf").read_text()
+    assert json.loads((small.home / "run" / "placement.json").read_text()) == {"chat": [""]}
     assert run(small, "init").stdout.endswith("made an API key\n")
     assert run(small, "init").stdout.endswith("has its API key already\n")
 

@@ -74,6 +74,20 @@ class Deployed:
         return {path.name for path in (self.project.home / "run").iterdir()} - {"logs", "cache", "supervisord.conf"}
 
 
+def test_plan_reads_a_file_from_where_it_is_called(project: Project) -> None:
+    deployed = Deployed(project)
+    deployed.configure()
+    (project.home / "cards.json").write_text('{"devices": [{"name": "NVIDIA L4", "memory_gib": 24}]}')
+    done = subprocess.run(
+        [DEPLOY, "plan", "--devices", "cards.json"],
+        env=deployed.environ,
+        cwd=project.home,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("GPU 0  NVIDIA L4  24.0 GiB, 0.0 held by others"), done.stderr
+
+
 @pytest.fixture
 def deployed(project: Project) -> Iterator[Deployed]:
     each = Deployed(project)
@@ -264,3 +278,13 @@ def test_wrong_usage(deployed: Deployed, arguments: list[str], code: int, said: 
 def test_help(deployed: Deployed) -> None:
     for asked in (["help"], ["--help"], []):
         assert "./deploy.sh start --demo" in deployed.run(*asked).stdout
+
+
+def test_plan_of_a_running_deployment(deployed: Deployed) -> None:
+    deployed.configure()
+    assert deployed.run("start").returncode == 0
+    recorded = json.loads((deployed.project.home / "run" / "placement.json").read_text())
+    assert recorded == {"chat": [""], "embedding": [""]}
+    planned = json.loads(deployed.run("plan", "--json").stdout)
+    assert planned["order"] == ["chat", "embedding"]
+    assert deployed.run("check").returncode == 0

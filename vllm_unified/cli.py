@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from vllm_unified import __version__, loopback
-from vllm_unified.devices import read_devices
 from vllm_unified.errors import ConfigError, UserError
 from vllm_unified.settings import Model, Settings, load
+from vllm_unified.settings.environment import variable_of
 from vllm_unified.state import EngineState, Phase
 
 DEFAULT_CONFIG = "config/models.json"
@@ -40,15 +40,16 @@ class Project:
     def __init__(self) -> None:
         self.home = Path(os.environ.get("VLLM_UNIFIED_HOME") or Path(__file__).resolve().parents[1]).resolve()
         self.config: Path | None = None
+        self.environ = dict(os.environ)
 
     def settings(self) -> Settings:
-        return load((self.config or self.home / DEFAULT_CONFIG).resolve(), self.home, os.environ)
+        return load((self.config or self.home / DEFAULT_CONFIG).resolve(), self.home, self.environ)
 
     def running_settings(self) -> Settings:
         """Those of the running deployment, whichever file it was started with."""
         started_with = self.home / "run" / "config"
         if self.config is None and started_with.is_file():
-            return load(Path(started_with.read_text(encoding="utf-8").strip()), self.home, os.environ)
+            return load(Path(started_with.read_text(encoding="utf-8").strip()), self.home, self.environ)
         return self.settings()
 
 
@@ -64,6 +65,21 @@ config_option = click.option(
     metavar="FILE",
     help=f"The file with the models (default {DEFAULT_CONFIG}).",
     callback=_take_config,
+    expose_value=False,
+)
+
+
+def _take_devices(context: click.Context, _option: click.Parameter, value: Path | None) -> None:
+    if value:
+        context.ensure_object(Project).environ[variable_of("devices_file")] = str(value.resolve())
+
+
+devices_option = click.option(
+    "--devices",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A JSON file that stands in for this machine's devices.",
+    callback=_take_devices,
     expose_value=False,
 )
 
@@ -93,6 +109,7 @@ def cli() -> None:
 
 
 @cli.command()
+@devices_option
 @click.option("--machine", is_flag=True, help="Look at devices, memory, weights and ports too.")
 @click.option("--except-weights", is_flag=True, hidden=True, help="For weights that are about to be made.")
 @click.pass_obj
@@ -111,6 +128,7 @@ def check(project: Project, machine: bool, except_weights: bool) -> None:
 
 
 @cli.command()
+@devices_option
 @click.argument("name")
 @click.pass_obj
 def show(project: Project, name: str) -> None:
@@ -123,6 +141,7 @@ def show(project: Project, name: str) -> None:
 
 
 @cli.command()
+@devices_option
 @click.option("--json", "as_json", is_flag=True, help="Sizes in bytes, for machines.")
 @click.pass_obj
 def plan(project: Project, as_json: bool) -> None:
@@ -135,19 +154,22 @@ def plan(project: Project, as_json: bool) -> None:
     if as_json:
         print_json(plan_json(planned))
     else:
-        Console().print(plan_table(planned))
+        Console(soft_wrap=True).print(plan_table(planned))
 
 
 @cli.command()
 @click.pass_obj
 def render(project: Project) -> None:
-    """Write run/supervisord.conf from the configuration."""
+    """Write run/supervisord.conf and run/placement.json from the configuration."""
+    from vllm_unified.engines.placement import placement_text
     from vllm_unified.supervision.conf import supervisord_conf
 
     settings = project.settings()
     text = supervisord_conf(settings)
+    placement = placement_text(_planned(settings))
     (settings.run / "logs").mkdir(parents=True, exist_ok=True)
     (settings.run / "supervisord.conf").write_text(text, encoding="utf-8")
+    (settings.run / "placement.json").write_text(placement, encoding="utf-8")
     (settings.run / "config").write_text(f"{settings.file}\n", encoding="utf-8")
     click.echo(f"wrote {settings.run / 'supervisord.conf'}")
 
@@ -172,7 +194,7 @@ def engine(project: Project, name: str) -> None:
     _end_with_supervisord()
     try:
         settings = project.settings()
-        orders = orders_for(settings, _model(settings, name), os.environ)
+        orders = orders_for(settings, _model(settings, name), project.environ)
     except UserError as error:
         if _under_supervisord():  # which gave us the name that it was rendered with
             EngineState(name, Phase.STOPPED, time.monotonic(), reason=str(error)).write(project.home / "run")
@@ -279,9 +301,10 @@ def welcome(project: Project) -> None:
 
 
 def _planned(settings: Settings) -> Any:
-    from vllm_unified.engines import placement
+    from vllm_unified.engines.placement import plan_now
+    from vllm_unified.supervision.ask import programs
 
-    return placement.plan(settings, read_devices(settings.environment.visible_devices))
+    return plan_now(settings, running=programs(settings.run) is not None)
 
 
 def _model(settings: Settings, name: str) -> Model:

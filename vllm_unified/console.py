@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_unified import state
-from vllm_unified.devices import GIB
-from vllm_unified.engines.placement import Plan
+from vllm_unified.devices import GIB, Device
+from vllm_unified.engines.memory import Need
+from vllm_unified.engines.placement import Placed, Plan
 from vllm_unified.engines.usage import Usage, usage_of_all
 from vllm_unified.settings import Kind, Model, Settings
 from vllm_unified.state import EngineState, Phase
@@ -32,38 +33,88 @@ STYLES = {
 }
 REFRESH_SECONDS = 0.5
 WATCH_SECONDS = 1.0
+BAR_COLUMNS = 48
+BAR_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 HOPELESS_AFTER_RESTARTS = 2
 
 
-def plan_table(planned: Plan) -> Table:
-    table = Table("device", "memory", "model", "asks for", box=None, pad_edge=False)
+def plan_table(planned: Plan) -> Group:
+    """For each device what is asked of it, a bar of it, and last the order of starting."""
+    parts: list[RenderableType] = []
     for device in planned.devices:
-        for number, placed in enumerate(planned.on(device)):
-            first = number == 0
-            table.add_row(
-                f"{device.label} ({device.name})" if first else "",
-                f"{device.total_bytes / GIB:.1f} GiB" if first else "",
-                placed.model.key,
-                f"{placed.bytes_each / GIB:.1f} GiB",
-            )
-        table.add_row("", "", "together", f"{planned.asked_of(device) / GIB:.1f} GiB", style="bold")
-    return table
+        memory = f"{_gib(device.total_bytes)} GiB, {_gib(device.held_bytes)} held by others"
+        parts += [Text(f"{device.label}  {device.name}  {memory}", style="bold"), _plan_bar(planned, device)]
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for placed in planned.on(device):
+            need = placed.need_of(device)
+            table.add_row(f"  {placed.model.key}", f"{_gib(need.total)} GiB", Text(_breakdown(need), style="dim"))
+        table.add_row(
+            "  together", f"{_gib(planned.asked_of(device))} GiB", f"{_gib(planned.left_on(device))} GiB left"
+        )
+        parts += [table, Text()]
+    return Group(*parts, Text(f"starting order: {', '.join(planned.order)}"))
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def _breakdown(need: Need) -> str:
+    weights = f"weights {_gib(need.weights)} + " if need.weights else ""  # none while they are not there yet
+    return f"{weights}cache {_gib(need.cache)} + margin {_gib(need.margin)}"
+
+
+def _plan_bar(planned: Plan, device: Device) -> Text:
+    """The device from end to end: others' memory, a piece for each model, what is left."""
+    pieces = [("░" * BAR_COLUMNS, device.held_bytes, "dim")]
+    for placed in planned.on(device):
+        colour = BAR_COLOURS[planned.placed.index(placed) % len(BAR_COLOURS)]
+        label = f"▏{placed.model.key}".ljust(BAR_COLUMNS)
+        pieces.append((label, placed.need_of(device).total, f"black on {colour}"))
+    bar, end = Text("  "), 0
+    for label, size, style in pieces:
+        begin, end = end, end + size
+        columns = round(end / device.total_bytes * BAR_COLUMNS) - round(begin / device.total_bytes * BAR_COLUMNS)
+        bar.append(label[:columns], style)
+    return bar.append("▏".ljust(max(0, BAR_COLUMNS + 2 - len(bar))) + "▏")
 
 
 def plan_json(planned: Plan) -> dict[str, Any]:
-    """Sizes in bytes."""
+    """Stable: fields are added, never renamed. Sizes in bytes."""
     return {
         "devices": [
             {
                 "device": device.label,
+                "handle": device.handle,
                 "name": device.name,
                 "total_bytes": device.total_bytes,
                 "free_bytes": device.free_bytes,
+                "held_by_others_bytes": device.held_bytes,
                 "asked_bytes": planned.asked_of(device),
-                "models": {placed.model.key: placed.bytes_each for placed in planned.on(device)},
+                "left_bytes": planned.left_on(device),
+                "models": {placed.model.key: placed.need_of(device).total for placed in planned.on(device)},
             }
             for device in planned.devices
-        ]
+        ],
+        "models": {placed.model.key: _placed_json(planned, placed) for placed in planned.placed},
+        "order": list(planned.order),
+    }
+
+
+def _placed_json(planned: Plan, placed: Placed) -> dict[str, Any]:
+    return {
+        "devices": [device.label for device in placed.devices],
+        "gpu_memory_utilization": placed.share,
+        "starts_after": list(planned.before(placed.model.key)),
+        "of_each_device": [
+            {
+                "weights_bytes": need.weights,
+                "cache_bytes": need.cache,
+                "margin_bytes": need.margin,
+                "asked_bytes": need.total,
+            }
+            for need in placed.needs
+        ],
     }
 
 
@@ -124,7 +175,8 @@ def state_table(found: Sequence[Row], usage: Mapping[str, Usage] | None = None) 
 
 
 def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:
-    memory = f"{usage.memory_bytes / GIB:.1f} GiB" if usage.memory_bytes else ""
+    held = usage.gpu_bytes or usage.memory_bytes
+    memory = f"{held / GIB:.1f} GiB" if held else ""
     return ", ".join(each.devices), memory, "" if usage.requests is None else str(usage.requests)
 
 
@@ -183,6 +235,7 @@ def _document_of(row: Row, usage: Usage) -> dict[str, Any]:
         "keeper_pid": row.state.keeper.pid if row.state.keeper else None,
         "devices": list(row.state.devices),
         "memory_bytes": usage.memory_bytes,
+        "gpu_bytes": usage.gpu_bytes,
         "requests": usage.requests,
     }
 

@@ -1,86 +1,220 @@
-"""The devices that a model can run on: NVIDIA GPUs through NVML, or else the CPU with the machine's memory."""
+"""The devices that a model can run on: NVIDIA GPUs, or else the CPU with the machine's memory.
 
-import contextlib
-from collections.abc import Iterator, Sequence
+Where they are read (NVML, or a file that stands in for the cards) is apart from the choice among them
+(CUDA_VISIBLE_DEVICES), so that the choice needs no cards.
+"""
+
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-
-import psutil
-import pynvml
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from vllm_unified.errors import UserError
 
+if TYPE_CHECKING:
+    from vllm_unified.settings.schema import DeviceEntry
+
 GIB = 1 << 30
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+WHOLE_GPU = "GPU-"
+MIG_PART = "MIG-"
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device. Memory in bytes, utilization in percent (None where the driver does not say)."""
+    """One device. Memory in bytes, utilization in percent (None where the driver does not say).
+
+    `handle`: what CUDA_VISIBLE_DEVICES calls it, the whole UUID, since vLLM resolves no shortened one and a
+    number changes when a card drops out. Of several CPUs their number, of the only one "".
+    """
 
     index: int
-    kind: str  # "cuda" or "cpu"
+    kind: Literal["cuda", "cpu"]
     name: str
-    handle: str  # what CUDA_VISIBLE_DEVICES calls it; "" for the CPU
+    handle: str
     total_bytes: int
     free_bytes: int
     utilization: int | None = None
 
     @property
     def label(self) -> str:
-        return f"GPU {self.index}" if self.kind == "cuda" else "CPU"
+        return f"GPU {self.index}" if self.kind == "cuda" else f"CPU {self.handle}".rstrip()
+
+    @property
+    def held_bytes(self) -> int:
+        return self.total_bytes - self.free_bytes
+
+    @property
+    def is_mig_part(self) -> bool:
+        return self.kind == "cuda" and self.handle.startswith(MIG_PART)
 
 
-def read_devices(visible: str | None) -> list[Device]:
-    """The GPUs among `visible` (CUDA_VISIBLE_DEVICES: numbers or UUIDs; None: all), else the CPU alone."""
-    with _nvml() as running:
-        gpus = list(_gpus(visible)) if running else []
-    return gpus or [_cpu()]
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as it is in the machine. `parts`: its MIG instances, which are used in its place."""
+
+    name: str
+    uuid: str
+    total_bytes: int
+    free_bytes: int
+    utilization: int | None = None
+    parts: tuple["Gpu", ...] = ()
 
 
-@contextlib.contextmanager
-def _nvml() -> Iterator[bool]:
+def read_devices(visible: str | None, file: Path | None = None) -> list[Device]:
+    """The GPUs among `visible` (CUDA_VISIBLE_DEVICES; None: all), else the CPU alone.
+
+    `file`: stands in for the cards of the machine, and is read again at each call. Raises UserError for what
+    `visible` names wrongly, ConfigError for what is wrong with the file.
+    """
+    if file is not None:
+        return _devices_of_file(file, visible)
+    gpus = _gpus_of_nvml()
+    return select(gpus, visible) if gpus else [_cpu_of_machine()]
+
+
+def select(gpus: Sequence[Gpu], visible: str | None) -> list[Device]:
+    """Numbered in the order in which `visible` names them, or else in the machine's own."""
+    if visible is None:
+        chosen = [part for gpu in gpus for part in (gpu.parts or (gpu,))]
+    else:
+        tokens = [token.strip() for token in visible.split(",")]
+        chosen = [_named(token, gpus) for token in tokens]
+        for number, gpu in enumerate(chosen):
+            if gpu in chosen[:number]:
+                raise UserError(f"{VISIBLE}: {tokens[number]} is named twice; name each GPU once")
+    return [
+        Device(index, "cuda", gpu.name, gpu.uuid, gpu.total_bytes, gpu.free_bytes, gpu.utilization)
+        for index, gpu in enumerate(chosen)
+    ]
+
+
+def _named(token: str, gpus: Sequence[Gpu]) -> Gpu:
+    by_name = {str(number): gpu for number, gpu in enumerate(gpus)}
+    by_name |= {gpu.uuid: gpu for gpu in gpus} | {part.uuid: part for gpu in gpus for part in gpu.parts}
+    found = [by_name[token]] if token in by_name else []
+    if not found and token.startswith((WHOLE_GPU, MIG_PART)):
+        found = [gpu for uuid, gpu in by_name.items() if uuid.startswith(token)]
+    if not found:
+        raise UserError(f"{VISIBLE}: there is no GPU {token}; this machine has {', '.join(by_name)}")
+    if len(found) > 1:
+        names = ", ".join(gpu.uuid for gpu in found)
+        raise UserError(f"{VISIBLE}: {token} may be {names}; write more of the one that is meant")
+    if found[0].parts:
+        names = ", ".join(part.uuid for part in found[0].parts)
+        raise UserError(f"{VISIBLE}: GPU {token} is in MIG mode, and only its parts can be used; name of {names}")
+    return found[0]
+
+
+def _gpus_of_nvml() -> list[Gpu]:
+    import pynvml  # here, because a small process that imports this module asks for no devices
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:  # no driver: a machine without GPUs
-        yield False
-        return
+        return []
     try:
-        yield True
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        return [_gpu_of_nvml(handle, _mig_handles(handle)) for handle in handles]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _gpus(visible: str | None) -> Iterator[Device]:
-    present = {}
-    for number in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-        present[str(number)] = handle
-        present[pynvml.nvmlDeviceGetUUID(handle)] = handle
-    count = len(present) // 2
-    wanted: Sequence[str] = (
-        [token.strip() for token in visible.split(",")] if visible else [str(number) for number in range(count)]
+def _gpu_of_nvml(handle: object, parts: Sequence[object] = ()) -> Gpu:
+    import pynvml
+
+    total, free = _memory_of_nvml(handle)
+    return Gpu(
+        name=pynvml.nvmlDeviceGetName(handle),
+        uuid=pynvml.nvmlDeviceGetUUID(handle),
+        total_bytes=total,
+        free_bytes=free,
+        utilization=_utilization(handle),
+        parts=tuple(_gpu_of_nvml(part) for part in parts),
     )
-    for index, token in enumerate(wanted):
-        if token not in present:
-            raise UserError(f"CUDA_VISIBLE_DEVICES: there is no GPU {token}; this machine has {', '.join(present)}")
-        memory = pynvml.nvmlDeviceGetMemoryInfo(present[token])
-        yield Device(
-            index=index,
-            kind="cuda",
-            name=pynvml.nvmlDeviceGetName(present[token]),
-            handle=token,
-            total_bytes=int(memory.total),
-            free_bytes=int(memory.free),
-            utilization=_utilization(present[token]),
-        )
+
+
+def _memory_of_nvml(handle: object) -> tuple[int, int]:
+    """Total and free. What the driver keeps for itself is no part of the total, as in CUDA's own figure."""
+    import pynvml
+
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        return int(memory.total - memory.reserved), int(memory.free)
+    except (pynvml.NVMLError, AttributeError):  # an older driver
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return int(memory.total), int(memory.free)
+
+
+def _mig_handles(handle: object) -> list[object]:
+    import pynvml
+
+    try:
+        if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return []
+    except pynvml.NVMLError:  # a card without MIG
+        return []
+    found = []
+    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            found.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
+        except pynvml.NVMLError:  # a place for an instance that was not made
+            continue
+    return found
+
+
+def held_on_gpus(pids: Collection[int]) -> int | None:
+    """Bytes that these processes hold on all GPUs; None where the driver does not tell, as in most containers."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        running = [each for handle in handles for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+        return sum(each.usedGpuMemory or 0 for each in running if each.pid in pids) or None
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _utilization(handle: object) -> int | None:
+    import pynvml
+
     try:
         return int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
     except pynvml.NVMLError:
         return None
 
 
-def _cpu() -> Device:
+def _cpu_of_machine() -> Device:
+    import psutil
+
     memory = psutil.virtual_memory()
     return Device(0, "cpu", f"{psutil.cpu_count()} cores", "", memory.total, memory.available)
+
+
+def _devices_of_file(file: Path, visible: str | None) -> list[Device]:
+    from vllm_unified.settings.load import read_topology
+
+    entries = read_topology(file).devices
+    if entries[0].kind == "gpu":
+        return select([_gpu_of_entry(entry, str(number)) for number, entry in enumerate(entries)], visible)
+    return [
+        Device(number, "cpu", entry.name, str(number) if len(entries) > 1 else "", *_memory_of_entry(entry))
+        for number, entry in enumerate(entries)
+    ]
+
+
+def _gpu_of_entry(entry: "DeviceEntry", number: str, prefix: str = WHOLE_GPU) -> Gpu:
+    total, free = _memory_of_entry(entry)
+    parts = tuple(_gpu_of_entry(part, f"{number}-{place}", MIG_PART) for place, part in enumerate(entry.parts))
+    return Gpu(entry.name, entry.uuid or f"{prefix}{number}", total, free, parts=parts)
+
+
+def _memory_of_entry(entry: "DeviceEntry") -> tuple[int, int]:
+    total = int(entry.memory_gib * GIB)
+    return total, total if entry.free_gib is None else int(entry.free_gib * GIB)

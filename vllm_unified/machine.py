@@ -6,9 +6,8 @@ from pathlib import Path
 
 import psutil
 
-from vllm_unified.devices import GIB, read_devices
 from vllm_unified.engines.keeper import port_taken
-from vllm_unified.engines.placement import Plan, plan
+from vllm_unified.engines.placement import plan_now
 from vllm_unified.errors import ConfigError, Problem
 from vllm_unified.settings import Model, Settings
 
@@ -21,17 +20,16 @@ def problems_of_machine(settings: Settings, *, weights: bool, running: bool) -> 
 
     `weights`: False where they are about to be made. `running`: the deployment has its ports and memory already.
     """
+    found: list[Problem] = []
     try:
-        planned = plan(settings, read_devices(settings.environment.visible_devices))
-        unplannable = []
+        plan_now(settings, running=running)
     except ConfigError as error:
-        planned, unplannable = None, error.problems
-    found = [*unplannable, *_unusable_folder(settings)]
+        found += error.problems
+    found += _unusable_folder(settings)
     if weights:
         found += missing_weights(settings)
     if not running:
         found += _taken_ports(settings)
-        found += _too_little_memory(planned) if planned else []
     return found
 
 
@@ -74,18 +72,6 @@ def _holder(port: int) -> str | None:
     except psutil.Error:
         return None
     return None
-
-
-def _too_little_memory(planned: Plan) -> Iterator[Problem]:
-    """GPUs are left to the keepers, which wait for memory that a neighbour is about to give back."""
-    for device in planned.devices:
-        asked = planned.asked_of(device)
-        if device.kind == "cpu" and asked > device.free_bytes:
-            message = (
-                f"the models need about {asked / GIB:.1f} GiB of memory, {device.free_bytes / GIB:.1f} GiB are "
-                "available; stop other programs or disable a model"
-            )
-            yield Problem("this machine", "", message)
 
 
 def _unusable_folder(settings: Settings) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """A field, key or variable that nothing reads is a defect. Here each one is changed, and something else changes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from vllm_unified import machine
 from vllm_unified.devices import GIB, Device
 from vllm_unified.engines import placement
 from vllm_unified.engines.command import engine_command
+from vllm_unified.engines.handover import orders_for
+from vllm_unified.engines.orders import Orders
 from vllm_unified.router.app import create_app
 from vllm_unified.settings import Settings, load
 from vllm_unified.settings.environment import OWN_VARIABLES
@@ -27,6 +30,12 @@ def command(settings: Settings) -> list[str]:
 
 def environment(settings: Settings) -> dict[str, str]:
     return dict(engine_command(settings, placement.plan(settings, GPUS).of(settings.models[0].key)).environment)
+
+
+def orders(settings: Settings) -> Orders:
+    cards = str(CHECKOUT / "tests" / "topologies" / "2x80.json")
+    environment = settings.environment.model_copy(update={"api_key": API_KEY, "devices_file": cards})
+    return orders_for(replace(settings, environment=environment), settings.models[0], {})
 
 
 def devices(settings: Settings) -> list[str]:
@@ -61,6 +70,9 @@ MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {
     "served_model_names": (["alias"], command),
     "gpus": ([3], devices),
     "gpu_memory_utilization": (0.5, command),
+    "memory_gib": (40, command),
+    "kv_cache_memory_gib": (8, command),
+    "priority": (-1, lambda settings: placement.plan(settings, GPUS).order),
     "max_model_len": (100, command),
     "tensor_parallel_size": (2, command),
     "pipeline_parallel_size": (2, command),
@@ -114,8 +126,14 @@ ROUTER_FIELDS: dict[str, tuple[Any, Effect]] = {
     "startup_timeout": (7.0, patience),
     "max_body_mib": (1, lambda settings: settings.router.max_body_mib),
 }
+# All of them are seen at work in tests/engines/test_keeper.py.
 SYSTEM_FIELDS: dict[str, tuple[Any, Effect]] = {
     "drain_timeout": (3.0, lambda settings: (command(settings), supervisord_conf(settings))),
+    "longest_backoff": (9.0, lambda settings: orders(settings).longest_backoff),
+    "progress_check": (False, lambda settings: orders(settings).progress),
+    "progress_interval": (5.0, lambda settings: orders(settings).progress),
+    "progress_timeout": (9.0, lambda settings: orders(settings).progress),
+    "progress_misses": (1, lambda settings: orders(settings).progress),
 }
 
 
@@ -142,6 +160,7 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "VLLM_API_KEY": ("sk-another", lambda settings: (environment(settings), routed(settings))),
     "HF_TOKEN": ("hf_x", environment),
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
+    "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
 }
 

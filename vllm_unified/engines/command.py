@@ -12,12 +12,14 @@ from pathlib import Path
 import psutil
 from dotenv import dotenv_values
 
+from vllm_unified.devices import GIB
 from vllm_unified.engines.placement import Placed
 from vllm_unified.settings import Model, Settings, flags
 from vllm_unified.settings.environment import variable_of
+from vllm_unified.settings.schema import KV_CACHE_FLAG, FlagValue
 
 # Fields that are written to the command line as they stand, where they are set.
-FIELD_FLAGS = ("gpu_memory_utilization", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "dtype")
+FIELD_FLAGS = ("max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "dtype")
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 FIRST_INTERNAL_PORT = 20_000
 INTERNAL_PORTS = 100
@@ -63,8 +65,8 @@ def engine_command(settings: Settings, placed: Placed) -> Command:
         *("--port", str(model.port)),
         *("--runner", "pooling" if model.type in ("embedding", "rerank") else "generate"),
         *("--shutdown-timeout", str(round(settings.system.drain_timeout))),
-        *flags.arguments(_field_flags(model)),
-        *flags.arguments({**settings.engine_args, **model.engine_args}),
+        *flags.arguments(_field_flags(placed)),
+        *flags.arguments({**settings.engine_args, **_cache_flag(model), **model.engine_args}),
     ]
     return Command(tuple(argv), _environment(settings, placed), settings.own_variables)
 
@@ -81,11 +83,18 @@ def engine_program(settings: Settings) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 
 
-def _field_flags(model: Model) -> dict[str, object]:
-    values: dict[str, object] = {name.replace("_", "-"): getattr(model, name) for name in FIELD_FLAGS}
+def _field_flags(placed: Placed) -> dict[str, object]:
+    model = placed.model
+    values: dict[str, object] = {"gpu-memory-utilization": placed.share}
+    values |= {name.replace("_", "-"): getattr(model, name) for name in FIELD_FLAGS}
     if model.trust_remote_code:
         values["trust-remote-code"] = True
     return values
+
+
+def _cache_flag(model: Model) -> dict[str, FlagValue]:
+    """Among the flags of vllm_config.yaml, whose own size for the KV cache it takes the place of."""
+    return {} if model.kv_cache_memory_gib is None else {KV_CACHE_FLAG: int(model.kv_cache_memory_gib * GIB)}
 
 
 def _environment(settings: Settings, placed: Placed) -> dict[str, str]:

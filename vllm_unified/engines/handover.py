@@ -9,7 +9,7 @@ from typing import NoReturn
 from vllm_unified.devices import read_devices
 from vllm_unified.engines.command import engine_command
 from vllm_unified.engines.orders import Orders, ProgressCheck, Seat
-from vllm_unified.engines.placement import plan
+from vllm_unified.engines.placement import plan, recorded
 from vllm_unified.settings import Model, Settings
 
 
@@ -17,9 +17,10 @@ def orders_for(settings: Settings, model: Model, environ: Mapping[str, str]) -> 
     """Raises UserError when there is no API key, or no place for the model."""
     environment = settings.environment
     # What others hold now is waited for in the device's turn; it is no reason to give up.
-    present = [replace(device, free_bytes=device.total_bytes) for device in read_devices(environment.visible_devices)]
-    planned = plan(settings, present)
+    devices = read_devices(environment.visible_devices, settings.devices_file)
+    planned = plan(settings, [replace(each, free_bytes=each.total_bytes) for each in devices], recorded(settings))
     placed = planned.of(model.key)
+    command = engine_command(settings, placed)
     system = settings.system
     return Orders(
         key=model.key,
@@ -32,12 +33,12 @@ def orders_for(settings: Settings, model: Model, environ: Mapping[str, str]) -> 
         port=model.port,
         url=settings.engine_url(model),
         api_key=settings.require_api_key(),
-        argv=engine_command(settings, placed).argv,
-        environment=engine_command(settings, placed).full_environment(environ),
-        seats=tuple(Seat(device.index, device.label, placed.bytes_each) for device in placed.devices),
+        argv=command.argv,
+        environment=command.full_environment(environ),
+        seats=tuple(Seat(each.index, each.label, placed.need_of(each).total) for each in placed.devices),
         visible_devices=environment.visible_devices,
-        devices_file=None,
-        before_us=(),
+        devices_file=str(settings.devices_file) if settings.devices_file else None,
+        before_us=planned.before(model.key),
         startup_timeout=settings.startup_timeout(model),
         drain_timeout=system.drain_timeout,
         longest_backoff=system.longest_backoff,

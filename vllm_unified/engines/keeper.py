@@ -141,7 +141,8 @@ class Keeper:
 
     def _free_on_devices(self) -> list[tuple[str, int]]:
         """Kind and free bytes of each seat. Raises UserError when a device is no longer there."""
-        present = {device.index: device for device in read_devices(self.orders.visible_devices)}
+        file = Path(self.orders.devices_file) if self.orders.devices_file else None
+        present = {device.index: device for device in read_devices(self.orders.visible_devices, file)}
         gone = [seat.label for seat in self.orders.seats if seat.index not in present]
         if gone:
             raise UserError(f"{' and '.join(gone)}: not there any more")

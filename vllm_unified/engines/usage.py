@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import psutil
 
+from vllm_unified.devices import held_on_gpus
 from vllm_unified.engines.progress import read_counters
 from vllm_unified.settings import Settings
 from vllm_unified.state import EngineState, Phase
@@ -17,9 +18,10 @@ COUNTERS_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Usage:
-    """`memory_bytes`: the machine's memory that its processes hold. None where it can't be told."""
+    """Bytes that its processes hold of the machine's memory and of GPUs. None where it can't be told."""
 
     memory_bytes: int | None = None
+    gpu_bytes: int | None = None
     requests: int | None = None
 
 
@@ -34,17 +36,26 @@ def usage_of_all(settings: Settings, states: Sequence[EngineState]) -> dict[str,
 def _usage(state: EngineState, url: str) -> Usage:
     if state.engine is None:
         return Usage()
+    group = _group(state.engine.pid)
     serves = state.phase in (Phase.READY, Phase.DRAINING)
-    return Usage(_memory_of_group(state.engine.pid), _requests(url) if serves else None)
+    return Usage(_memory_of(group), held_on_gpus(group), _requests(url) if serves else None)
 
 
-def _memory_of_group(group: int) -> int | None:
-    """Pages that its processes share count once (PSS)."""
-    sizes = []
+def _group(leader: int) -> set[int]:
+    found = set()
     for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getpgid(pid) == group:
-                sizes.append(int(psutil.Process(pid).memory_full_info().pss))
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == leader:
+                found.add(pid)
+    return found
+
+
+def _memory_of(pids: Collection[int]) -> int | None:
+    """Pages that the processes share count once (PSS)."""
+    sizes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            sizes.append(int(psutil.Process(pid).memory_full_info().pss))
     return sum(sizes) or None
 
 

@@ -119,7 +119,7 @@ def _gpu_info(settings: Settings) -> dict[str, Any]:
             "memory_free": device.free_bytes >> 20,
             "utilization": device.utilization,
         }
-        for device in read_devices(settings.environment.visible_devices)
+        for device in read_devices(settings.environment.visible_devices, settings.devices_file)
         if device.kind == "cuda"
     ]
     return {"gpus": gpus, "count": len(gpus)}

@@ -37,7 +37,14 @@ class Environment(BaseModel):
         default=None, alias="HF_TOKEN", description="token for gated models on Hugging Face", repr=False
     )
     visible_devices: str | None = Field(
-        default=None, alias="CUDA_VISIBLE_DEVICES", description="the GPUs that belong to this deployment, as 0,1"
+        default=None,
+        alias="CUDA_VISIBLE_DEVICES",
+        description="the GPUs that belong to this deployment, as 0,1, UUIDs or MIG names",
+    )
+    devices_file: str | None = Field(
+        default=None,
+        alias="VLLM_UNIFIED_DEVICES",
+        description="JSON file that stands in for this machine's devices, to plan for other ones",
     )
     engine_program: str | None = Field(
         default=None,
@@ -75,7 +82,7 @@ class Environment(BaseModel):
     @classmethod
     def _device_names(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[\w-]+(,\s*[\w-]+)*", value):
-            raise ValueError("name GPUs as 0,1 or by their UUIDs, with commas between them")
+            raise ValueError("name GPUs as 0,1, by their UUIDs or MIG names, with commas between them")
         return value
 
 

@@ -10,8 +10,9 @@ import yaml
 from vllm_unified.errors import ConfigError, Problem
 
 
-def read_json(path: Path, shown: str) -> Any:
-    text = _text(path, shown)
+def read_json(path: Path, shown: str, option: str = "--config") -> Any:
+    """`option`: names another file on the command line."""
+    text = _text(path, shown, option)
     try:
         document = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_such_constant)
     except json.JSONDecodeError as error:
@@ -30,7 +31,7 @@ def read_json(path: Path, shown: str) -> Any:
 
 def read_yaml(path: Path, shown: str) -> Any:
     try:
-        return yaml.safe_load(_text(path, shown))
+        return yaml.safe_load(_text(path, shown, "--config"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -60,11 +61,11 @@ def _trailing_comma(text: str, position: int) -> bool:
     return text[position : position + 1] in ("}", "]", ",") and text[:position].rstrip().endswith(",")
 
 
-def _text(path: Path, shown: str) -> str:
+def _text(path: Path, shown: str, option: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise _problem(shown, "", "no such file; name another with --config FILE") from None
+        raise _problem(shown, "", f"no such file; name another with {option} FILE") from None
     except UnicodeDecodeError as error:
         raise _problem(shown, f"byte {error.start}", "not UTF-8; save the file as UTF-8") from None
     except OSError as error:

@@ -31,6 +31,7 @@ from vllm_unified.settings.environment import (
 from vllm_unified.settings.schema import (
     DEFAULT_PORTS,
     PER_ENGINE_VARIABLES,
+    DeviceEntry,
     EngineDefaults,
     FlagValue,
     Kind,
@@ -39,6 +40,7 @@ from vllm_unified.settings.schema import (
     ModelsFile,
     RouterSettings,
     SystemSettings,
+    Topology,
 )
 
 File = TypeVar("File", bound=BaseModel)
@@ -70,6 +72,12 @@ class Settings:
     @property
     def shown_file(self) -> str:
         return _shown(self.file, self.home)
+
+    @property
+    def devices_file(self) -> Path | None:
+        """Stands in for the machine's devices; None: the machine's own."""
+        given = self.environment.devices_file
+        return None if given is None else self.home / given
 
     def require_api_key(self) -> str:
         """Raises UserError when there is none."""
@@ -121,6 +129,15 @@ def load(file: Path, home: Path, environ: Mapping[str, str]) -> Settings:
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def read_topology(file: Path) -> Topology:
+    """Raises ConfigError with all that is wrong with the file."""
+    problems: list[Problem] = []
+    topology = _parsed(Topology, lambda: files.read_json(file, str(file), "--devices"), str(file), problems)
+    if topology is None:
+        raise ConfigError(problems)
+    return topology
 
 
 def _read_defaults(home: Path, problems: list[Problem]) -> EngineDefaults | None:
@@ -206,7 +223,10 @@ class _Resolver:
         return tuple(self._resolved(key, model, ports.get(key)) for key, model in enabled.items())
 
     def _resolved(self, key: str, entry: ModelEntry, port: int | None) -> Model:
-        unset = {name: value for name, value in self.field_defaults.items() if name not in entry.model_fields_set}
+        given = entry.model_fields_set
+        if entry.memory_gib is not None:  # says the same, and the model's own word goes before a default
+            given = given | {"gpu_memory_utilization"}
+        unset = {name: value for name, value in self.field_defaults.items() if name not in given}
         resolved = {
             **unset,
             "key": key,
@@ -326,6 +346,7 @@ def _unknown_key(key: str, fields: list[str]) -> str:
 
 def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     inside: dict[str, type[BaseModel]] = {"models": ModelEntry, "router": RouterSettings, "system": SystemSettings}
+    inside["devices"] = DeviceEntry
     holder = inside.get(str(place[0]), kind) if place else kind
     return list(holder.model_fields)
 

@@ -26,6 +26,7 @@ RESERVED_KEYS = ("router", "documents", "engines", "supervisord", "install", "ng
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+KV_CACHE_FLAG = "kv-cache-memory-bytes"
 FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
 
 
@@ -103,6 +104,15 @@ class ModelEntry(_Strict):
     gpu_memory_utilization: float | None = Field(
         default=None, gt=0, le=1, description="share of each of its devices' memory; vLLM takes 0.92 when unset"
     )
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="GiB of each of its devices, in place of gpu_memory_utilization"
+    )
+    kv_cache_memory_gib: float | None = Field(
+        default=None, gt=0, description="GiB of KV cache on each of its devices, in place of what the share leaves"
+    )
+    priority: int = Field(
+        default=0, description="of the models that wait for one device the highest starts first, then the file's order"
+    )
     max_model_len: int | None = Field(default=None, ge=1, description="longest context, in tokens")
     tensor_parallel_size: int = Field(default=1, ge=1, description="devices that share each layer")
     pipeline_parallel_size: int = Field(default=1, ge=1, description="devices that follow one another")
@@ -135,6 +145,14 @@ class ModelEntry(_Strict):
     @classmethod
     def _known_flags(cls, value: dict[str, FlagValue]) -> dict[str, FlagValue]:
         return flags.normalised(value, own_fields=set(cls.model_fields))
+
+    @model_validator(mode="after")
+    def _said_once(self) -> "ModelEntry":
+        if self.memory_gib is not None and self.gpu_memory_utilization is not None:
+            raise ValueError("memory_gib and gpu_memory_utilization say the same; remove one")
+        if self.kv_cache_memory_gib is not None and KV_CACHE_FLAG in self.engine_args:
+            raise ValueError(f'kv_cache_memory_gib and "{KV_CACHE_FLAG}" in engine_args say the same; remove one')
+        return self
 
     @model_validator(mode="after")
     def _one_device_a_rank(self) -> "ModelEntry":
@@ -236,3 +254,39 @@ class EngineDefaults(_Strict):
     @property
     def engine_args(self) -> dict[str, FlagValue]:
         return {**self.server, **self.parallelism, **self.scheduler, **self.cache, **self.logging}
+
+
+class DeviceEntry(_Strict):
+    """A device in a file that stands in for those of the machine."""
+
+    kind: Literal["gpu", "cpu"] = "gpu"
+    name: Annotated[str, Field(min_length=1)] = "stand-in"
+    memory_gib: float = Field(gt=0)
+    free_gib: float | None = Field(default=None, ge=0)
+    uuid: Annotated[str, Field(pattern=r"^(GPU|MIG)-[\w-]+$")] | None = None
+    parts: list["DeviceEntry"] = []
+
+    @model_validator(mode="after")
+    def _possible(self) -> "DeviceEntry":
+        if self.free_gib is not None and self.free_gib > self.memory_gib:
+            raise ValueError(f"free_gib {self.free_gib:g} is more than memory_gib {self.memory_gib:g}")
+        if any(part.parts or part.kind != self.kind for part in self.parts):
+            raise ValueError("the parts of a GPU are GPUs without parts")
+        if self.kind == "cpu" and (self.parts or self.uuid):
+            raise ValueError("a CPU has neither parts nor a uuid")
+        return self
+
+
+class Topology(_Strict):
+    """The file that VLLM_UNIFIED_DEVICES or --devices names."""
+
+    devices: list[DeviceEntry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> "Topology":
+        if len({device.kind for device in self.devices}) > 1:
+            raise ValueError('devices of the kinds "gpu" and "cpu" cannot stand together')
+        given = [each.uuid for device in self.devices for each in (device, *device.parts) if each.uuid]
+        if len(set(given)) < len(given):
+            raise ValueError("a uuid stands twice")
+        return self
