@@ -1,5 +1,6 @@
 """Questions to the running supervisord, over its socket in run/."""
 
+import contextlib
 import http.client
 import xmlrpc.client
 from pathlib import Path
@@ -13,10 +14,11 @@ def programs(run: Path) -> dict[str, dict[str, Any]] | None:
     socket = run / "supervisor.sock"
     if not socket.exists():
         return None
-    # The URL is a formality: the transport speaks to the socket.
-    proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, f"unix://{socket}"))
-    try:
-        answer: Any = proxy.supervisor.getAllProcessInfo()
-    except (OSError, xmlrpc.client.Error, http.client.HTTPException):
-        return None
+    with contextlib.closing(SupervisorTransport(None, None, f"unix://{socket}")) as transport:
+        # The URL is a formality: the transport speaks to the socket.
+        proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport)
+        try:
+            answer: Any = proxy.supervisor.getAllProcessInfo()
+        except (OSError, xmlrpc.client.Error, http.client.HTTPException):
+            return None
     return {info["name"]: info for info in answer}
