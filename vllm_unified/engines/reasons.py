@@ -44,7 +44,7 @@ def explain(lines: Iterable[str], returncode: int | None) -> str | None:
     text = "\n".join(map(bare, lines))
     for row in ROWS:
         if match := row.find(text, returncode):
-            return row.explanation(match.groupdict(""))
+            return row.explanation(match.groupdict())
     return None
 
 
@@ -104,8 +104,9 @@ ROWS = (
     Row(
         "kv-cache-too-small",
         r"^ValueError: To serve at least one request with the model's max seq len \((?P<length>\d+)\), \("
-        r"(?P<needed>[\d.]+) GiB KV cache is needed.*?memory \((?P<has>[\d.]+) GiB\)\..*?estimated maximum model length is (?P<fits>\d+)",
-        "a context of {length} tokens needs {needed} GiB of KV cache and there are {has} GiB; {fits} tokens fit",
+        r"(?P<needed>[\d.]+) GiB KV cache is needed.*?memory \((?P<has>[\d.]+) GiB\)\."
+        r".*?estimated maximum model length is (?P<fits>\d+)",
+        "a context of {length} tokens needs {needed} GiB of KV cache and there are {has} GiB, enough for {fits} tokens",
         "set max_model_len to {fits} or less in config/models.json, or raise gpu_memory_utilization or "
         "kv_cache_memory_gib",
     ),
@@ -140,8 +141,8 @@ ROWS = (
     # Device and driver
     Row(
         "nvidia-driver-too-old",
-        r"^RuntimeError: The NVIDIA driver on your system is too old \(found version (?P<version>\d+)\)",
-        "the NVIDIA driver is too old for this vLLM (it offers CUDA version {version}, as 12040 for 12.4)",
+        r"^RuntimeError: The NVIDIA driver on your system is too old \(found version (?P<major>\d+)0(?P<minor>\d)0\)",
+        "the NVIDIA driver is too old for this vLLM (it offers CUDA {major}.{minor})",
         "install a newer NVIDIA driver on the host and restart; `nvidia-smi` shows the one in use",
     ),
     Row(
@@ -186,7 +187,7 @@ ROWS = (
     Row(
         "bfloat16-unsupported",
         r"Bfloat16 is only supported on GPUs with compute capability of at least 8\.0\. Your (?P<gpu>.+?) "
-        r"GPU has compute capability (?P<has>[\d.]+)",
+        r"GPU has compute capability (?P<has>\d+\.\d+)",
         "{gpu} (compute capability {has}) has no bfloat16, which needs 8.0",
         'set "dtype": "half" in config/models.json',
     ),
@@ -267,9 +268,8 @@ ROWS = (
     ),
     Row(
         "no-tokenizer",
-        r"^(?:OSError: Can't load tokenizer for '(?P<path>[^']*)'|ValueError: Couldn't instantiate the "
-        r"backend tokenizer)",
-        "the model's folder holds no tokenizer {path}",
+        r"^OSError: Can't load tokenizer for '(?P<path>[^']*)'",
+        "{path} holds no tokenizer",
         "download the model again and completely (tokenizer.json, tokenizer_config.json)",
     ),
     Row(
@@ -282,7 +282,7 @@ ROWS = (
     Row(
         "max-model-len",
         r"Value error, User-specified max_model_len \((?P<wanted>\d+)\) is greater than the derived "
-        r"max_model_len \(\w+=(?P<own>[\d.]+)",
+        r"max_model_len \(\w+=(?P<own>\d+)",
         "max_model_len {wanted} is more than the model's own {own}",
         "lower max_model_len in config/models.json, or leave it out",
     ),
