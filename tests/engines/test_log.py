@@ -28,10 +28,11 @@ def reason_of_program(tmp_path: Path, program: str) -> str | None:
         ("hello\n", "hello"),
         # A fault that the table explains.
         (
-            "(EngineCore pid=1) ERROR 11-21 09:37:36 [core.py:1510] ValueError: No available memory for the cache blocks.\n"
+            "(EngineCore pid=1) ERROR 11-21 09:37:36 [core.py:1510] ValueError: No available memory for the "
+            "cache blocks.\n"
             "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
-            "the weights leave no room for the KV cache; raise gpu_memory_utilization, memory_gib or kv_cache_memory_gib "
-            "in config/models.json, or take a smaller model",
+            "the weights leave no room for the KV cache; raise gpu_memory_utilization, memory_gib or "
+            "kv_cache_memory_gib in config/models.json, or take a smaller model",
         ),
         # In vLLM's own forms, faults that the table does not have.
         (
