@@ -9,15 +9,15 @@ import threading
 from pathlib import Path
 from typing import IO
 
+from vllm_unified.engines import reasons
+
 FILE_BYTES = 20 << 20
 FILES_KEPT = 4
 LINES_AT_HAND = 400
 # A cause stands at the beginning of a line, behind vLLM's own prefix; the deepest one is written last.
 ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception|Interrupt): |[\w.]+: error: |Value error, ).*")
-PREFIX = re.compile(r"^\([^)]*pid=\d+\) |^(?:ERROR|CRITICAL) [\d: -]+ \[[^\]]*\] ")
 # True of every engine that could not start; says nothing of the cause.
 SAYS_NOTHING = ("Engine core initialization failed", "WorkerProc initialization failed", "See root cause above")
-LONGEST_REASON = 300
 
 
 class EngineLog:
@@ -54,17 +54,14 @@ class EngineLog:
                 self._last.append(line)
                 self._logger.info("%s", line)
 
-    def reason(self) -> str | None:
-        """The line that says best why the engine ended."""
-        lines = [_bare(line) for line in self._last]
+    def reason(self, returncode: int | None = None) -> str | None:
+        """Why the engine ended and what to do, or else the line that says best why."""
+        return reasons.explain(self._last, returncode) or self._last_error()
+
+    def _last_error(self) -> str | None:
+        lines = [reasons.bare(line) for line in self._last]
         errors = [
             line for line in lines if ERROR_LINE.match(line) and not any(phrase in line for phrase in SAYS_NOTHING)
         ]
         best = errors or [line for line in lines if line]
-        return best[-1][:LONGEST_REASON] if best else None
-
-
-def _bare(line: str) -> str:
-    while (shorter := PREFIX.sub("", line, count=1)) != line:
-        line = shorter
-    return line.strip()
+        return best[-1][: reasons.LONGEST] if best else None
