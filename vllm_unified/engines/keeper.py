@@ -166,6 +166,7 @@ class Keeper:
         if failure is None:
             self._enter(Phase.READY, reason=None, note=None, ready_after=round(time.monotonic() - began, 1))
             self.log.say(f"ready after {self.state.ready_after} s")
+            self.log.forget()
         return failure
 
     def _missing_weights(self) -> str | None:
@@ -304,7 +305,7 @@ class Keeper:
         code = self.process.returncode if self.process else None
         self._end_engine()
         how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        said = self.log.reason()
+        said = self.log.reason(code)
         return f"{said} ({how})" if said else how
 
     def _end_engine(self) -> None:

@@ -6,6 +6,7 @@ import logging.handlers
 import re
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +29,8 @@ class EngineLog:
         handler = logging.handlers.RotatingFileHandler(
             path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8"
         )
-        self._logger = logging.Logger(f"engine:{path.stem}")
+        self.key = path.stem
+        self._logger = logging.Logger(f"engine:{self.key}")
         self._logger.addHandler(handler)
         self._handler = handler
         self._last: collections.deque[str] = collections.deque(maxlen=LINES_AT_HAND)
@@ -56,12 +58,17 @@ class EngineLog:
 
     def reason(self, returncode: int | None = None) -> str | None:
         """Why the engine ended and what to do, or else the line that says best why."""
-        return reasons.explain(self._last, returncode) or self._last_error()
+        lines = tuple(self._last)  # the engine may be writing yet
+        explained = reasons.explain(lines, returncode)
+        return explained.replace(" NAME", f" {self.key}") if explained else _last_error(lines)
 
-    def _last_error(self) -> str | None:
-        lines = [reasons.bare(line) for line in self._last]
-        errors = [
-            line for line in lines if ERROR_LINE.match(line) and not any(phrase in line for phrase in SAYS_NOTHING)
-        ]
-        best = errors or [line for line in lines if line]
-        return best[-1][: reasons.LONGEST] if best else None
+    def forget(self) -> None:
+        """What was written before an engine was ready explains no later end of it."""
+        self._last.clear()
+
+
+def _last_error(lines: Sequence[str]) -> str | None:
+    bare = [reasons.bare(line) for line in lines]
+    errors = [line for line in bare if ERROR_LINE.match(line) and not any(phrase in line for phrase in SAYS_NOTHING)]
+    best = errors or [line for line in bare if line]
+    return best[-1][: reasons.LONGEST] if best else None
