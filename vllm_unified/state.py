@@ -98,8 +98,8 @@ class EngineState:
 
 
 def wall_clock(monotonic: float) -> float:
-    """Seconds since the epoch, by today's clock."""
-    return time.time() - (time.monotonic() - monotonic)
+    """Seconds since the epoch, by today's clock, to a tenth."""
+    return round(time.time() - (time.monotonic() - monotonic), 1)
 
 
 def read(run: Path, key: str) -> EngineState:
