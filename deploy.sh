@@ -18,7 +18,7 @@ usage: ./deploy.sh VERB [options]
                                   --native: in a virtual environment on this machine (the only way so far)
   stop                            end all; requests in flight are finished first
   restart [MODEL]                 all of it, or one model
-  status [--json]                 what runs; exit code 0 when all is ready, 3 when not
+  status [--json | --watch]       what runs; exit code 0 when all is ready, 3 when not
   logs [MODEL] [--follow] [--lines N]
                                   what a model (or router) wrote last; without MODEL, all
   health                          the router's own report; exit code 0 when healthy

@@ -27,7 +27,7 @@ def readme(text: str) -> str:
         for name, field in ModelEntry.model_fields.items()
     ]
     sections = [
-        (f"`{section}.{name}`", f"{field.description} (default {field.default:g})")
+        (f"`{section}.{name}`", f"{field.description} (default {_shown(field.default)})")
         for section, holder in (("router", RouterSettings), ("system", SystemSettings))
         for name, field in holder.model_fields.items()
     ]
@@ -48,6 +48,10 @@ def readme(text: str) -> str:
         old = re.match(r"(\|.*\n)*", rest)
         text = before + begin + table + "\n" + rest[old.end() if old else 0 :]
     return text
+
+
+def _shown(default: bool | float) -> str:
+    return str(default).lower() if isinstance(default, bool) else f"{default:g}"
 
 
 def main() -> None:
