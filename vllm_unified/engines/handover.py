@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NoReturn
 
-from vllm_unified.devices import read_devices
+from vllm_unified.devices import Device, read_devices
 from vllm_unified.engines.command import engine_command
+from vllm_unified.engines.memory import Need
 from vllm_unified.engines.orders import Orders, ProgressCheck, Seat
 from vllm_unified.engines.placement import plan, recorded
 from vllm_unified.settings import Model, Settings
@@ -35,7 +36,7 @@ def orders_for(settings: Settings, model: Model, environ: Mapping[str, str]) -> 
         api_key=settings.require_api_key(),
         argv=command.argv,
         environment=command.full_environment(environ),
-        seats=tuple(Seat(each.index, each.label, placed.need_of(each).total) for each in placed.devices),
+        seats=tuple(Seat(each.index, each.label, _needed(each, placed.need_of(each))) for each in placed.devices),
         visible_devices=environment.visible_devices,
         devices_file=str(settings.devices_file) if settings.devices_file else None,
         before_us=planned.before(model.key),
@@ -49,6 +50,11 @@ def orders_for(settings: Settings, model: Model, environ: Mapping[str, str]) -> 
             misses=system.progress_misses,
         ),
     )
+
+
+def _needed(device: Device, need: Need) -> int:
+    """Of a GPU no more than vLLM itself insists on: the margin is an estimate, and no reason to hold back a start."""
+    return need.total - need.margin if device.kind == "cuda" else need.total
 
 
 def become_keeper(orders: Orders) -> NoReturn:
