@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,7 +119,16 @@ def test_start_use_and_stop(deployed: Deployed) -> None:
     assert document["router"] == {"state": "running", "port": deployed.ports["router"]}
     assert deployed.run("health").returncode == 0
     assert deployed.run("check").returncode == 0
-    assert "ready" in deployed.run("status").stdout
+    shown = deployed.run("status").stdout
+    assert re.search(r"^chat +\d+ +ready +\w+ +0 +CPU +\d+\.\d GiB +0 *$", shown, re.MULTILINE), shown
+    assert {each["requests"] for each in document["models"].values()} == {0}
+    assert all(each["memory_bytes"] > 1 << 20 for each in document["models"].values())
+    watching = subprocess.Popen([DEPLOY, "status", "--watch"], env=deployed.environ, stdout=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        watching.wait(4)
+    os.kill(psutil.Process(watching.pid).children()[0].pid, signal.SIGINT)
+    assert b"ready" in watching.communicate(timeout=10)[0]
+    assert deployed.run("status", "--watch", "--json").returncode == 2
 
     again = deployed.run("start")
     assert (again.returncode, again.stdout.splitlines()[0]) == (0, "already running and ready; nothing to do")
