@@ -282,10 +282,16 @@ stop_all() {
   remove_state
 }
 
-# Only when supervisord is gone: nobody holds a lock then, and no state is true any more.
+# Only when supervisord is gone. Keepers whose supervisord was killed go on until their requests in flight have ended.
 remove_state() {
-  local run
+  local run lock
   run=$(home)/run
+  for lock in "$run"/locks/keeper-*.lock; do
+    if [[ -e $lock ]] && ! flock -n "$lock" true; then
+      say "waiting for $(basename "$lock" .lock) to end"
+      flock "$lock" true
+    fi
+  done
   rm -rf -- "$run/engines" "$run/locks" "$run/supervisor.sock" "$run/supervisord.pid" "$run/config" "$run/placement.json"
 }
 

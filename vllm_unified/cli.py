@@ -3,12 +3,13 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vllm_unified import __version__, loopback
+from vllm_unified import __version__, loopback, state
 from vllm_unified.errors import ConfigError, UserError
 from vllm_unified.settings import Model, Settings, load
 from vllm_unified.settings.environment import variable_of
@@ -134,9 +135,11 @@ def check(project: Project, machine: bool, except_weights: bool) -> None:
 def show(project: Project, name: str) -> None:
     """Print the command line of the model NAME, ready to be pasted into a shell."""
     from vllm_unified.engines.command import engine_command
+    from vllm_unified.engines.placement import place_now
 
     settings = project.settings()
-    placed = _planned(settings).of(_model(settings, name).key)
+    model = _model(settings, name)
+    placed = place_now(settings, model).of(model.key)
     click.echo(engine_command(settings, placed).shown(settings))
 
 
@@ -197,7 +200,7 @@ def engine(project: Project, name: str) -> None:
         orders = orders_for(settings, _model(settings, name), project.environ)
     except UserError as error:
         if _under_supervisord():  # which gave us the name that it was rendered with
-            EngineState(name, Phase.STOPPED, time.monotonic(), reason=str(error)).write(project.home / "run")
+            _say_why_there_is_no_keeper(project.home / "run", name, str(error))
         raise
     become_keeper(orders)
 
@@ -315,6 +318,12 @@ def _model(settings: Settings, name: str) -> Model:
         keys = ", ".join(model.key for model in settings.models)
         raise UserError(f'{settings.shown_file}: no model "{name}"; there are {keys}')
     return model
+
+
+def _say_why_there_is_no_keeper(run: Path, key: str, reason: str) -> None:
+    """What a killed keeper left written stays: the next one has to find the engine that it left behind."""
+    before = state.read_as_written(run, key) or EngineState(key, Phase.STOPPED, time.monotonic())
+    replace(before, phase=Phase.STOPPED, since=time.monotonic(), keeper=None, reason=reason).write(run)
 
 
 def _under_supervisord() -> bool:

@@ -175,7 +175,7 @@ def state_table(found: Sequence[Row], usage: Mapping[str, Usage] | None = None) 
 
 
 def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:
-    held = usage.gpu_bytes or usage.memory_bytes
+    held = usage.gpu_bytes if any(label.startswith("GPU") for label in each.devices) else usage.memory_bytes
     memory = f"{held / GIB:.1f} GiB" if held else ""
     return ", ".join(each.devices), memory, "" if usage.requests is None else str(usage.requests)
 

@@ -111,37 +111,49 @@ def _gpus_of_nvml() -> list[Gpu]:
 
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver: a machine without GPUs
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):  # a machine without GPUs
         return []
+    except pynvml.NVMLError as error:
+        raise UserError(f"the NVIDIA driver does not answer: {error}; `nvidia-smi` has to work first") from None
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-        return [_gpu_of_nvml(handle, _mig_handles(handle)) for handle in handles]
+        found = (_gpu_of_nvml(number) for number in range(pynvml.nvmlDeviceGetCount()))
+        return [gpu for gpu in found if gpu]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _gpu_of_nvml(handle: object, parts: Sequence[object] = ()) -> Gpu:
+def _gpu_of_nvml(number: int) -> Gpu | None:
+    """None for a card that does not answer: it is lost until the machine starts anew, and the others go on."""
+    import pynvml
+
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+        parts = tuple(_described(part) for part in _mig_handles(handle))
+        return _described(handle, parts)
+    except pynvml.NVMLError:
+        return None
+
+
+def _described(handle: object, parts: tuple[Gpu, ...] = ()) -> Gpu:
     import pynvml
 
     total, free = _memory_of_nvml(handle)
-    return Gpu(
-        name=pynvml.nvmlDeviceGetName(handle),
-        uuid=pynvml.nvmlDeviceGetUUID(handle),
-        total_bytes=total,
-        free_bytes=free,
-        utilization=_utilization(handle),
-        parts=tuple(_gpu_of_nvml(part) for part in parts),
-    )
+    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+    return Gpu(name, uuid, total, free, _utilization(handle), parts)
 
 
 def _memory_of_nvml(handle: object) -> tuple[int, int]:
     """Total and free. What the driver keeps for itself is no part of the total, as in CUDA's own figure."""
+    import psutil
     import pynvml
 
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
         return int(memory.total - memory.reserved), int(memory.free)
-    except (pynvml.NVMLError, AttributeError):  # an older driver
+    except pynvml.NVMLError_NotSupported:  # the GPU shares the machine's memory
+        shared = psutil.virtual_memory()
+        return shared.total, shared.available
+    except (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_InvalidArgument, AttributeError):  # an older driver
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return int(memory.total), int(memory.free)
 

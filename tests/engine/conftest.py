@@ -133,6 +133,7 @@ class Demo:
         assert watch.lies == []
         for key in keys:  # the router hears of it within a quarter of a second
             eventually(lambda: self.ask(key).status_code == 200, 5)  # noqa: B023  (called at once)
+        assert {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in self.engine_processes()}, "the mark"
         current = {self.pid(key) for key in KEYS}
         eventually(lambda: {os.getpgid(each.pid) for each in self.engine_processes()} == current, 10)
         with locks.owned(self.run_folder / "locks", "cpu") as free:

@@ -41,6 +41,18 @@ def test_keeper_killed(demo: Demo) -> None:
         os.kill(keeper.pid, signal.SIGKILL)
 
 
+def test_keeper_killed_while_its_engine_hangs(demo: Demo) -> None:
+    """Its API server ends at the SIGTERM that a killed keeper leaves behind, but can't end its EngineCore."""
+    keeper = demo.state("chat").keeper
+    assert keeper is not None
+    core, worker = demo.process("chat", "VLLM::EngineCore"), demo.process("chat", "VLLM::Worker")
+    with demo.surviving("keeper SIGKILLed while EngineCore is SIGSTOPped", "chat"):
+        core.suspend()
+        os.kill(keeper.pid, signal.SIGKILL)
+    assert not core.is_running()
+    assert not worker.is_running()
+
+
 def test_engine_core_stopped(demo: Demo) -> None:
     """It hangs, and /health still answers 200."""
     with demo.surviving("EngineCore SIGSTOPped, found by its lack of progress", "embedding"):

@@ -1,7 +1,10 @@
+import pytest
+
 from tests.conftest import API_KEY, CHECKOUT, Project
 from vllm_unified.devices import GIB
 from vllm_unified.engines.handover import orders_for
 from vllm_unified.engines.orders import Orders, Seat
+from vllm_unified.errors import ConfigError
 from vllm_unified.settings import Settings
 
 MODELS = {
@@ -23,8 +26,8 @@ def test_what_a_keeper_is_told(project: Project) -> None:
     orders = {
         model.key: orders_for(loaded, model, {"PATH": "/bin", "VLLM_ROUTER_PORT": "9"}) for model in loaded.models
     }
-    assert orders["chat"].seats == (Seat(0, "GPU 0", 40 * GIB), Seat(1, "GPU 1", 40 * GIB))
-    assert orders["embedding"].seats == (Seat(1, "GPU 1", 8 * GIB),)
+    assert orders["chat"].seats == (Seat("GPU-0", "GPU 0", 40 * GIB), Seat("GPU-1", "GPU 1", 40 * GIB))
+    assert orders["embedding"].seats == (Seat("GPU-1", "GPU 1", 8 * GIB),)
     assert {key: each.before_us for key, each in orders.items()} == {
         "chat": ("embedding",),
         "embedding": (),
@@ -34,6 +37,18 @@ def test_what_a_keeper_is_told(project: Project) -> None:
     assert (environment["PATH"], environment["VLLM_API_KEY"]) == ("/bin", API_KEY)
     assert "VLLM_ROUTER_PORT" not in environment
     assert API_KEY not in " ".join(orders["chat"].argv)
+
+
+def test_another_models_fault_keeps_nobody_from_coming_back(project: Project) -> None:
+    """It was written to the file, perhaps by mistake, and not taken up by a restart yet."""
+    wrong = {"type": "chat", "name": "x", "gpus": [7], "port": 9000}
+    large = {"type": "chat", "name": "y", "gpus": [1], "port": 9001, "gpu_memory_utilization": 0.9}
+    project.write({**MODELS, "wrong": wrong, "large": large})
+    cards = str(CHECKOUT / "tests" / "topologies" / "2x80.json")
+    loaded = project.load({"VLLM_API_KEY": API_KEY, "VLLM_UNIFIED_DEVICES": cards})
+    assert orders_for(loaded, loaded.models[0], {}).seats[1].label == "GPU 1"
+    with pytest.raises(ConfigError, match="there is no GPU 7"):
+        orders_for(loaded, loaded.models[3], {})
 
 
 def test_orders_come_back_from_their_text(project: Project) -> None:

@@ -1,4 +1,5 @@
 import itertools
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -425,3 +426,50 @@ def test_the_shipped_models_fit_two_cards_of_80_gb() -> None:
 )
 def test_sizes_as_vllm_writes_them(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+def weights(project: Project, **sizes: int) -> None:
+    """Sparse files in models/a; `name` with underscores for dots, sizes in GiB."""
+    folder = project.home / "models" / "a"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, gib in sizes.items():
+        with (folder / f"{name}.safetensors").open("wb") as file:
+            file.truncate(gib * GIB)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "expected"),
+    [
+        ({}, {}, 4),
+        ({"torch_dtype": "float32"}, {}, 2),
+        ({"dtype": "float32"}, {"dtype": "float32"}, 4),
+        ({"torch_dtype": "bfloat16"}, {"dtype": "float32"}, 8),
+        ({"torch_dtype": "bfloat16"}, {"engine_args": {"quantization": "fp8"}}, 2),
+        ({"quantization_config": {"quant_method": "awq"}}, {"engine_args": {"quantization": "awq"}}, 4),
+    ],
+)
+def test_weights_in_memory(project: Project, config: dict[str, Any], fields: dict[str, Any], expected: int) -> None:
+    weights(project, model=4, consolidated=4)
+    (project.home / "models" / "a" / "config.json").write_text(json.dumps(config))
+    assert (
+        plan(settings_of(project, {"a": model(**fields)}), topology("1x80")).of("a").needs[0].weights == expected * GIB
+    )
+
+
+def test_weights_that_an_index_lists(project: Project) -> None:
+    weights(project, part1=2, part2=3, other=9)
+    index = {"weight_map": {"x": "part1.safetensors", "y": "part2.safetensors", "z": "part2.safetensors"}}
+    (project.home / "models" / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert plan(settings_of(project, {"a": model()}), topology("1x80")).of("a").needs[0].weights == 5 * GIB
+
+
+def test_vllms_default_share_is_lowered_on_a_small_card(project: Project) -> None:
+    settings = settings_of(project, {"a": model(None)})
+    assert plan(settings, topology("1x80")).of("a").share is None
+    small = plan(settings, [Device(0, "cuda", "small", "GPU-0", 10 * GIB, 10 * GIB)]).of("a")
+    assert (small.share, small.needs[0].total) == (0.9, 10 * GIB)
+
+
+def test_the_variable_of_vllms_cpu_build_for_its_cache(project: Project) -> None:
+    settings = settings_of(project, {"a": model(None, env={"VLLM_CPU_KVCACHE_SPACE": "4"})})
+    assert plan(settings, CPU).of("a").needs[0].cache == 4 * GIB

@@ -3,23 +3,20 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NoReturn
 
-from vllm_unified.devices import Device, read_devices
+from vllm_unified.devices import Device
 from vllm_unified.engines.command import engine_command
 from vllm_unified.engines.memory import Need
 from vllm_unified.engines.orders import Orders, ProgressCheck, Seat
-from vllm_unified.engines.placement import plan, recorded
+from vllm_unified.engines.placement import place_now
 from vllm_unified.settings import Model, Settings
 
 
 def orders_for(settings: Settings, model: Model, environ: Mapping[str, str]) -> Orders:
-    """Raises UserError when there is no API key, or no place for the model."""
+    """Raises UserError when there is no API key, or when the devices of the model do not exist."""
     environment = settings.environment
-    # What others hold now is waited for in the device's turn; it is no reason to give up.
-    devices = read_devices(environment.visible_devices, settings.devices_file)
-    planned = plan(settings, [replace(each, free_bytes=each.total_bytes) for each in devices], recorded(settings))
+    planned = place_now(settings, model)
     placed = planned.of(model.key)
     command = engine_command(settings, placed)
     system = settings.system
@@ -36,7 +33,7 @@ def orders_for(settings: Settings, model: Model, environ: Mapping[str, str]) -> 
         api_key=settings.require_api_key(),
         argv=command.argv,
         environment=command.full_environment(environ),
-        seats=tuple(Seat(each.index, each.label, _needed(each, placed.need_of(each))) for each in placed.devices),
+        seats=tuple(Seat(each.handle, each.label, _needed(each, placed.need_of(each))) for each in placed.devices),
         visible_devices=environment.visible_devices,
         devices_file=str(settings.devices_file) if settings.devices_file else None,
         before_us=planned.before(model.key),

@@ -14,14 +14,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from vllm_unified import loopback, state
-from vllm_unified.devices import GIB, read_devices
+from vllm_unified.devices import GIB, Device, read_devices
 from vllm_unified.engines import locks, processes, progress
 from vllm_unified.engines.log import EngineLog
 from vllm_unified.engines.orders import Orders
@@ -42,6 +44,7 @@ COMING_SECONDS = 10.0
 # A neighbour's clean-up takes seconds; what is held for longer belongs to somebody who stays.
 MEMORY_SECONDS = 60.0
 SETTLED_BYTES = 64 << 20
+SETTLED_READINGS = 2
 SETTLING_SECONDS = 30.0
 
 Result = TypeVar("Result")
@@ -61,9 +64,10 @@ class Keeper:
         self.mark = f"{orders.home}:{orders.key}"
         self.born = time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None
+        self.reader: threading.Thread | None = None
         self.failures_in_a_row = 0
         self.lock_folder = self.run_folder / "locks"
-        self.device_locks = [seat.label.lower().replace(" ", "-") for seat in orders.seats]
+        self.device_locks = [seat.lock for seat in orders.seats]
         self.state = EngineState(
             key=orders.key,
             phase=Phase.WAITING,
@@ -81,29 +85,42 @@ class Keeper:
             self._end_predecessors_engine()
             try:
                 while True:
-                    self._start_and_watch()
+                    reason = self._attempt_whatever_happens()
+                    self.failures_in_a_row += 1
+                    self.state = replace(self.state, reason=reason, note=None, restarts=self.state.restarts + 1)
+                    self.log.say(f"not running: {reason}")
                     self._back_off()
             except _StopRequested:
                 self._leave()
 
-    def _start_and_watch(self) -> None:
-        """Returns when the engine has ended, with the reason in the state."""
+    def _attempt_whatever_happens(self) -> str:
+        try:
+            reason = self._attempt()
+        except _StopRequested:
+            raise
+        except Exception as error:  # a keeper that ends would leave its model without one
+            self.log.say(traceback.format_exc())
+            reason = f"the keeper failed: {type(error).__name__}: {error}"
+        self._end_engine()
+        return reason
+
+    def _attempt(self) -> str:
+        """Start the engine and watch it; returns why it is gone, or has to go."""
         self._enter(Phase.WAITING)
-        with locks.held(self.lock_folder, self.device_locks, lambda: self._pause(POLL_SECONDS), self._is_our_turn):
+        pause = partial(self._pause, POLL_SECONDS)
+        with locks.held(self.lock_folder, self.device_locks, pause, self._is_our_turn) as descriptors:
             try:
-                reason = self._start()
+                failure = self._start(descriptors)
             finally:
                 if self.state.phase is not Phase.READY:
                     self._end_engine()  # before the next one may start on the device
-        if reason is None:
-            ready_at = time.monotonic()
-            reason = self._watch()
-            if time.monotonic() - ready_at > HEALTHY_SECONDS:
-                self.failures_in_a_row = 0
-        self._end_engine()
-        self.failures_in_a_row += 1
-        self.state = replace(self.state, reason=reason, note=None, restarts=self.state.restarts + 1)
-        self.log.say(f"not running: {reason}")
+        if failure:
+            return failure
+        ready_at = time.monotonic()
+        reason = self._watch()
+        if time.monotonic() - ready_at > HEALTHY_SECONDS:
+            self.failures_in_a_row = 0
+        return reason
 
     # --- waiting ---
 
@@ -121,42 +138,42 @@ class Keeper:
     def _wait_for_memory(self) -> str | None:
         """None when every device has what the engine needs, else what is missing after a while."""
         until = time.monotonic() + MEMORY_SECONDS
-        while missing := self._missing_memory():
-            self._note(f"waits for memory: {missing}")
-            if time.monotonic() > until:
-                return f"{missing}; other programs hold the rest, end them or give this model less"
-            self._pause(POLL_SECONDS)
+        try:
+            while missing := self._missing_memory():
+                self._note(f"waits for memory: {missing}")
+                if time.monotonic() > until:
+                    return f"{missing}; other programs hold the rest, end them or give this model less"
+                self._pause(POLL_SECONDS)
+        except UserError as error:
+            return str(error)
         self._note(None)
         return None
 
     def _missing_memory(self) -> str | None:
-        try:
-            free = self._free_on_devices()
-        except UserError as error:
-            return str(error)
-        for seat, (_, free_bytes) in zip(self.orders.seats, free, strict=True):
-            if free_bytes < seat.needed_bytes:
-                return f"{seat.label} has {free_bytes / GIB:.1f} GiB free, {seat.needed_bytes / GIB:.1f} are needed"
+        for seat, device in zip(self.orders.seats, self._devices(), strict=True):
+            if device.free_bytes < seat.needed_bytes:
+                free, needed = device.free_bytes / GIB, seat.needed_bytes / GIB
+                return f"{seat.label} has {free:.1f} GiB free, {needed:.1f} are needed"
         return None
 
-    def _free_on_devices(self) -> list[tuple[str, int]]:
-        """Kind and free bytes of each seat. Raises UserError when a device is no longer there."""
+    def _devices(self) -> list[Device]:
+        """Those of the seats, as they are now. Raises UserError when one is no longer there."""
         file = Path(self.orders.devices_file) if self.orders.devices_file else None
-        present = {device.index: device for device in read_devices(self.orders.visible_devices, file)}
-        gone = [seat.label for seat in self.orders.seats if seat.index not in present]
+        present = {device.handle: device for device in read_devices(self.orders.visible_devices, file)}
+        gone = [seat.label for seat in self.orders.seats if seat.handle not in present]
         if gone:
-            raise UserError(f"{' and '.join(gone)}: not there any more")
-        return [(present[seat.index].kind, present[seat.index].free_bytes) for seat in self.orders.seats]
+            raise UserError(f"{' and '.join(gone)}: the driver does not show it any more; look at `nvidia-smi`")
+        return [present[seat.handle] for seat in self.orders.seats]
 
     # --- starting ---
 
-    def _start(self) -> str | None:
+    def _start(self, lock_descriptors: Sequence[int]) -> str | None:
         """None when the engine is ready, else why it is not."""
         failure = (
             port_taken(self.orders.host, self.orders.port)
             or self._missing_weights()
             or self._wait_for_memory()
-            or self._launch()
+            or self._launch(lock_descriptors)
         )
         if failure:
             return failure
@@ -174,18 +191,21 @@ class Keeper:
             return None
         return f"{self.orders.weights}: no such folder; put the weights there"
 
-    def _launch(self) -> str | None:
+    def _launch(self, lock_descriptors: Sequence[int]) -> str | None:
         # vLLM leaves sockets in TMPDIR when it is killed; in a folder of its own they go with it.
         scratch = tempfile.mkdtemp(prefix=f"vllm-unified-{self.orders.key}-")
         environment = {
             **self.orders.environment,
+            **processes.KEEP_ENVIRONMENT,
+            processes.MARK: self.mark,
             "TMPDIR": scratch,
             "PYTHONUNBUFFERED": "1",
-            processes.MARK: self.mark,
         }
         self.state = replace(self.state, scratch=scratch)
         try:
-            self.process = processes.start_group(self.orders.argv, environment, Path(self.orders.home))
+            self.process = processes.start_group(
+                self.orders.argv, environment, Path(self.orders.home), lock_descriptors
+            )
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
             self.state = replace(self.state, scratch=None)
@@ -227,10 +247,9 @@ class Keeper:
         """Returns why the engine is gone, or has to go."""
         check = self.orders.progress
         misses = 0
+        if not check.enabled or not self._has_counters():
+            self._pause_unless_exited(float("inf"))
         while not self._has_exited():
-            if not check.enabled:
-                self._pause(60.0)  # SIGCHLD ends the pause at once
-                continue
             before = self._counters()
             self._pause_unless_exited(check.interval)
             if self._has_exited() or self._made_progress(before):
@@ -244,6 +263,16 @@ class Keeper:
                 return f"hung: its server answers, but {misses} looks of {check.timeout:g} s saw no progress"
         return self._exit_reason()
 
+    def _has_counters(self) -> bool:
+        """Without them a long queue can't be told from a hang, so no hang is looked for."""
+        try:
+            found = self._off_thread(lambda: progress.read_counters(self.orders.url))
+        except OSError:
+            return True
+        if found is None:
+            self.log.say("the server has no counters (disable-log-stats?): a hang of it would not be noticed")
+        return found is not None
+
     def _made_progress(self, before: Counters | None) -> bool:
         """Whether its counters moved, or else, when nothing is in it, whether it answers a request of ours.
 
@@ -254,6 +283,7 @@ class Keeper:
         pause = 0.02
         while not self._has_exited():
             now = self._counters()
+            before = before or now
             if before and now and now.work != before.work:
                 return True
             if asked is None and (now is None or now.requests == 0):
@@ -294,7 +324,7 @@ class Keeper:
     def _pause_unless_exited(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._has_exited() and (left := until - time.monotonic()) > 0:
-            self._pause(left)
+            self._pause(min(left, 60.0))  # SIGCHLD ends a pause at once
 
     def _has_exited(self) -> bool:
         return self.process is None or self.process.poll() is not None
@@ -304,55 +334,61 @@ class Keeper:
     def _exit_reason(self) -> str:
         code = self.process.returncode if self.process else None
         self._end_engine()
-        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         said = self.log.reason(code)
-        return f"{said} ({how})" if said else how
+        return f"{said} ({_how(code)})" if said else _how(code)
 
     def _end_engine(self) -> None:
-        """Nothing of the group is left when this returns, its memory is back, and all that it wrote is in the log."""
+        """Nothing of it is left when this returns, its memory is back, and all that it wrote is in the log."""
         if self.process is None:
             return
+        self._enter(Phase.STOPPING)
         self.process.poll()
-        processes.end_group(self.process.pid)
-        processes.end_descendants()
+        processes.end_descendants(self._tell_stuck)
         self.process.wait()
         self.process = None  # its number may be somebody else's from here on
-        self.reader.join(timeout=5)
+        if self.reader:
+            self.reader.join(timeout=5)
         if self.state.scratch:
             shutil.rmtree(self.state.scratch, ignore_errors=True)
-        self.state = replace(self.state, engine=None, scratch=None)
         self._wait_for_memory_back()
+        self.state = replace(self.state, engine=None, scratch=None, note=None)
+        self._write_state()
+
+    def _tell_stuck(self, pids: Sequence[int]) -> None:
+        self._note(f"process {', '.join(map(str, pids))} can't be ended: it is inside the kernel, mostly in a driver")
+        self.log.say(str(self.state.note))
 
     def _wait_for_memory_back(self) -> None:
         """A driver gives back what a killed process held some time after the process: wait until that settles."""
         until = time.monotonic() + SETTLING_SECONDS
-        free = self._free_on_gpus()
-        while free and time.monotonic() < until:
+        readings = [self._free_on_gpus()]
+        while readings[-1] and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
-            before, free = free, self._free_on_gpus()
-            if free - before < SETTLED_BYTES:
+            readings.append(self._free_on_gpus())
+            if len(readings) > SETTLED_READINGS and readings[-1] - readings[-1 - SETTLED_READINGS] < SETTLED_BYTES:
                 return
 
     def _free_on_gpus(self) -> int:
         """Of the CPU's memory nothing is held when a process has ended: 0."""
         try:
-            return sum(free_bytes for kind, free_bytes in self._free_on_devices() if kind == "cuda")
+            return sum(device.free_bytes for device in self._devices() if device.kind == "cuda")
         except UserError:  # a GPU that fell off the bus is no reason to wait
             return 0
 
     def _end_predecessors_engine(self) -> None:
         before = state.read_as_written(self.run_folder, self.orders.key)
-        if before is None or before.phase is Phase.STOPPED:
+        if before is None:
             return
-        self.state = replace(self.state, restarts=before.restarts + 1, reason="its keeper was killed")
+        if before.phase is not Phase.STOPPED:
+            self.state = replace(self.state, restarts=before.restarts + 1, reason="its keeper was killed")
         if before.engine and processes.end_left_over(before.engine, self.mark):
             self.log.say(f"ended process group {before.engine.pid}, left behind by a killed keeper")
         if before.scratch and Path(before.scratch).name.startswith(f"vllm-unified-{self.orders.key}-"):
             shutil.rmtree(before.scratch, ignore_errors=True)
 
     def _back_off(self) -> None:
-        longest = min(self.orders.longest_backoff, FIRST_BACKOFF_SECONDS * 2 ** min(self.failures_in_a_row - 1, 16))
-        seconds = longest * random.uniform(0.75, 1.0)  # noqa: S311  (jitter, not a secret)
+        doubled = FIRST_BACKOFF_SECONDS * 2 ** min(self.failures_in_a_row - 1, 16)
+        seconds = min(self.orders.longest_backoff, doubled) * random.uniform(0.75, 1.0)  # noqa: S311  (jitter, not a secret)
         until = time.monotonic() + seconds
         self._enter(Phase.BACKOFF, retry_at=until)
         while (left := until - time.monotonic()) > 0:
@@ -361,24 +397,27 @@ class Keeper:
 
     def _leave(self) -> None:
         was_ready = self.state.phase is Phase.READY
+        drained_until = time.monotonic() + self.orders.drain_timeout
         if was_ready:
-            self._drain()
+            self._drain(drained_until)
         # Many may leave a device at the same time, but none starts on it before their memory is back.
         with locks.shared(self.lock_folder, self.device_locks):
             self._enter(Phase.STOPPING)
             # SIGTERM during warm-up leaves workers (vLLM #44751), and there is nothing to lose yet.
             if was_ready and self.process is not None and self.process.poll() is None:
                 self.process.terminate()
-                self._wait_for_exit(LEAVING_SECONDS)
+                self._wait_for_exit(LEAVING_SECONDS + max(0.0, drained_until - time.monotonic()))
             self._end_engine()
         self._enter(Phase.STOPPED, keeper=None, devices=(), reason=None, note=None, retry_at=None, ready_after=None)
         self.log.say("stopped")
         self.log.close()
 
-    def _drain(self) -> None:
-        """Let what is in the engine end. We are told to stop already: further signals change nothing."""
+    def _drain(self, until: float) -> None:
+        """Let what is in the engine end; vLLM does it itself where it has no counters to look at.
+
+        We are told to stop already: further signals change nothing.
+        """
         self._enter(Phase.DRAINING)
-        until = time.monotonic() + self.orders.drain_timeout
         if self.orders.drain_timeout:
             self._wait_for_exit(NOTICE_SECONDS)
         while not self._has_exited() and time.monotonic() < until:
@@ -425,6 +464,15 @@ def _fulfil(future: "Future[Result]", work: Callable[[], Result]) -> None:
         future.set_result(work())
     except Exception as error:
         future.set_exception(error)
+
+
+def _how(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal
+        return f"killed by signal {-code}"
 
 
 def is_healthy(url: str) -> bool:

@@ -10,18 +10,22 @@ from pathlib import Path
 @contextlib.contextmanager
 def held(
     folder: Path, names: Sequence[str], pause: Callable[[], object], is_our_turn: Callable[[], bool]
-) -> Iterator[None]:
+) -> Iterator[list[int]]:
     """Hold the locks `names`; while another holds one, or it is not our turn, `pause` is called again and again.
 
     Locks are taken in the order of their names, everywhere the same, and who has one asks no more for its turn: so
-    no two keepers wait for each other.
+    no two keepers wait for each other. A process that inherits the descriptors holds the locks too: until it ends,
+    should its keeper be killed, or until the keeper lets go of them for both.
     """
     with contextlib.ExitStack() as stack:
-        for position, name in enumerate(sorted(names)):
+        descriptors: list[int] = []
+        for name in sorted(names):
             descriptor = stack.enter_context(_opened(folder, name))
-            while (position == 0 and not is_our_turn()) or not _taken(descriptor, fcntl.LOCK_EX):
+            while (not descriptors and not is_our_turn()) or not _taken(descriptor, fcntl.LOCK_EX):
                 pause()
-        yield
+            stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+            descriptors.append(descriptor)
+        yield descriptors
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 from vllm_unified.devices import GIB, Device
 from vllm_unified.settings import Model, Settings
@@ -18,6 +20,7 @@ CONTEXT_BYTES = 1 * GIB
 # of a given size or none at all, or the estimate is switched off.
 GRAPH_BYTES = 1 * GIB
 ESTIMATE_VARIABLE = "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"
+CPU_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
 # What a forward pass of the largest batch holds, where no share bounds it.
 WORKING_BYTES = 1 * GIB
 # A server with less KV cache than this serves hardly anybody.
@@ -68,8 +71,11 @@ def needs(settings: Settings, model: Model, devices: Sequence[Device]) -> Needs:
         each = tuple(Need(weights, counted, margin) for _ in devices)
         return Needs(each, _share_to_check(model, weights + counted, devices))
     asked = _asked_share(model, smallest)
+    if model.memory_gib is None and model.gpu_memory_utilization is None and devices[0].kind == "cuda":
+        asked = min(asked, Fraction(smallest - margin, smallest))  # of a small card vLLM's default leaves too little
     shares = (math.ceil(asked * device.total_bytes) for device in devices)
-    written = model.gpu_memory_utilization if model.memory_gib is None else _written(asked)
+    is_default = model.memory_gib is None and asked == Fraction(share(model))
+    written = model.gpu_memory_utilization if is_default else _written(asked)
     return Needs(tuple(Need(weights, size - weights, margin) for size in shares), written)
 
 
@@ -82,7 +88,7 @@ def _counted_cache(settings: Settings, model: Model, device: Device) -> int | No
     """KV cache and working memory where they do not follow from a share."""
     cache = own_cache_bytes(settings, model)
     if device.kind == "cpu":
-        return cache
+        return _cpu_cache_bytes(settings, model) if cache is None else cache
     if cache is None and weight_bytes(settings, model) and is_encoder_only(settings, model):
         cache = 0
     return None if cache is None else cache + WORKING_BYTES
@@ -134,26 +140,67 @@ def own_cache_bytes(settings: Settings, model: Model) -> int | None:
     return None if given is None else parse_bytes(str(given))
 
 
+def _cpu_cache_bytes(settings: Settings, model: Model) -> int | None:
+    given = {**settings.engine_env, **model.env}.get(CPU_CACHE_VARIABLE)
+    return parse_bytes(f"{given}G") if given else None
+
+
 def is_encoder_only(settings: Settings, model: Model) -> bool:
     """Such a model takes its weights and working memory, whatever its share says."""
-    if model.type not in ("embedding", "rerank"):
+    config = _config_of(settings, model)
+    names = config.get("architectures")
+    if model.type not in ("embedding", "rerank") or not isinstance(names, list):
         return False
-    try:
-        config = json.loads((settings.folder(model) / "config.json").read_text(encoding="utf-8"))
-        architectures = [str(name) for name in config["architectures"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return config.get("is_causal") is False or any(ENCODER_ONLY.match(name) for name in architectures)
+    return config.get("is_causal") is False or any(ENCODER_ONLY.match(str(name)) for name in names)
 
 
 def weight_bytes(settings: Settings, model: Model) -> int:
-    """Size of the weights on disk, 0 while they are not there."""
-    folder = settings.folder(model)
-    for pattern in WEIGHT_FILES:  # a folder may hold the same weights in several formats; vLLM reads the first
-        size = sum(file.stat().st_size for file in folder.glob(pattern) if file.exists())  # not a broken link
-        if size:
+    """What the weights take in memory, as far as their files tell; 0 while they are not there."""
+    return math.ceil(_file_bytes(settings.folder(model)) * _scale(settings, model))
+
+
+def _file_bytes(folder: Path) -> int:
+    """A folder may hold the same weights several times: those that the index lists, or else one format, count."""
+    for index in folder.glob("*.safetensors.index.json"):
+        listed = _json(index).get("weight_map")
+        if isinstance(listed, dict):
+            return _sizes(folder / str(name) for name in set(listed.values()))
+    for pattern in WEIGHT_FILES:
+        files = list(folder.glob(pattern))
+        own = [file for file in files if not file.name.startswith("consolidated")]  # Mistral's second copy
+        if size := _sizes(own or files):
             return size
     return 0
+
+
+def _sizes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())  # not a broken link
+
+
+def _scale(settings: Settings, model: Model) -> float:
+    """Memory of the weights ÷ size of their files: vLLM loads 32-bit weights as 16-bit ones unless it is told else."""
+    config = _config_of(settings, model)
+    if config.get("quantization_config"):
+        return 1.0
+    wide = str(config.get("torch_dtype", config.get("dtype"))) == "float32"
+    scale = 0.5 if wide else 1.0
+    if model.dtype in ("float", "float32"):
+        scale *= 2
+    if {**settings.engine_args, **model.engine_args}.get("quantization"):  # while it loads; fp8 or smaller
+        scale /= 2
+    return scale
+
+
+def _config_of(settings: Settings, model: Model) -> dict[str, Any]:
+    return _json(settings.folder(model) / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def parse_bytes(text: str) -> int:

@@ -11,11 +11,18 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Seat:
-    """A device that the engine runs on, and the bytes that have to be free there when it starts."""
+    """A device that the engine runs on, and the bytes that have to be free there when it starts.
 
-    index: int
+    Known by its handle: numbers change when a card drops out.
+    """
+
+    handle: str
     label: str
     needed_bytes: int
+
+    @property
+    def lock(self) -> str:
+        return self.handle if self.handle.startswith(("GPU-", "MIG-")) else self.label.lower().replace(" ", "-")
 
 
 @dataclass(frozen=True)

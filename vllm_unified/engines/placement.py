@@ -82,6 +82,20 @@ def plan(settings: Settings, devices: Sequence[Device], recorded: Recorded | Non
     return result
 
 
+def place_now(settings: Settings, model: Model) -> Plan:
+    """For the keeper of one model, which waits for memory itself: nothing is refused but what it can't run on.
+
+    A change to another model, which that one has not taken up yet, must not keep this one from coming back.
+    """
+    present = read_devices(settings.environment.visible_devices, settings.devices_file)
+    devices = [replace(each, free_bytes=each.total_bytes) for each in present]
+    missing = {each.key: problem for each in settings.models if (problem := _missing_devices(settings, each, devices))}
+    if model.key in missing:
+        raise ConfigError([missing[model.key]])
+    possible = tuple(each for each in settings.models if each.key not in missing)
+    return _planned(replace(settings, models=possible), devices, recorded(settings), SEARCH_STEPS)
+
+
 def plan_now(settings: Settings, *, running: bool) -> Plan:
     """On the devices as they are. Models that run stay where they are, and their memory counts as ours."""
     devices = read_devices(settings.environment.visible_devices, settings.devices_file)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,8 +16,11 @@ from vllm_unified.state import Process
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 WAKING_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
-# In the environment of every process of an engine: a group is ended only where its members carry it.
+# In the environment of every process of an engine. vLLM's processes give themselves titles, which setproctitle writes
+# over the environment, unless it is told to leave that alone.
 MARK = "VLLM_UNIFIED_ENGINE"
+KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}
+STUCK_SECONDS = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -39,8 +42,10 @@ def wait_for_signal(seconds: float) -> int | None:
     return received.si_signo if received else None
 
 
-def start_group(argv: Sequence[str], environment: Mapping[str, str], folder: Path) -> "subprocess.Popen[bytes]":
-    """The leader of a new process group; its stdout and stderr in one pipe.
+def start_group(
+    argv: Sequence[str], environment: Mapping[str, str], folder: Path, descriptors: Sequence[int]
+) -> "subprocess.Popen[bytes]":
+    """The leader of a new process group; its stdout and stderr in one pipe. It inherits `descriptors`.
 
     It gets SIGTERM when its keeper dies. SIGTERM and not SIGKILL, because vLLM's API server then ends
     its EngineCore and workers too; killed, it would leave them holding the memory.
@@ -52,6 +57,7 @@ def start_group(argv: Sequence[str], environment: Mapping[str, str], folder: Pat
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        pass_fds=descriptors,
         start_new_session=True,
         preexec_fn=_in_child,
     )
@@ -62,27 +68,28 @@ def _in_child() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def end_group(group: int) -> None:
-    """SIGKILL to what is left of the group; returns when nothing is."""
-    while _signal_group(group, signal.SIGKILL):
-        _reap(group)
+def end_descendants(on_stuck: Callable[[Sequence[int]], object]) -> None:
+    """SIGKILL to all below us, until nothing is; a keeper has no descendants but its engine's.
+
+    As their subreaper we adopt every orphan among them, whatever group or session it went into. A process in
+    uninterruptible sleep, in a driver mostly, ends when that lets it: `on_stuck` hears the pids once, and we go on.
+    """
+    stuck_at = time.monotonic() + STUCK_SECONDS
+    while left := psutil.Process().children(recursive=True):
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        _reap()
+        if time.monotonic() > stuck_at:
+            on_stuck([process.pid for process in left])
+            stuck_at = float("inf")
         time.sleep(0.02)
 
 
-def end_descendants() -> None:
-    """SIGKILL to what left the group by a session of its own; a keeper has no children but its engine's."""
-    left = psutil.Process().children(recursive=True)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=10)
-
-
 def end_left_over(leader: Process, mark: str) -> bool:
-    """End the group that a killed predecessor left behind; True if there was one.
+    """End what a killed predecessor left of its engine; True if there was something.
 
-    Known by its number, by not being older than its leader, and by the mark that only our engines carry:
-    the number alone could be somebody else's by now.
+    Known by the mark that only this engine's processes carry, and by not being older than its `leader`.
     """
     members = [process for process in psutil.process_iter() if _belongs_to(process, leader, mark)]
     for process in members:
@@ -94,24 +101,12 @@ def end_left_over(leader: Process, mark: str) -> bool:
 
 def _belongs_to(process: psutil.Process, leader: Process, mark: str) -> bool:
     try:
-        return (
-            os.getpgid(process.pid) == leader.pid
-            and Process.of(process.pid).started >= leader.started
-            and process.environ().get(MARK) == mark
-        )
+        return process.environ().get(MARK) == mark and Process.of(process.pid).started >= leader.started
     except (psutil.Error, OSError):
         return False
 
 
-def _signal_group(group: int, number: int) -> bool:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _reap(group: int) -> None:
+def _reap() -> None:
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-group, os.WNOHANG)[0]:
+        while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -58,7 +58,8 @@ async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) ->
     upstreams = [upstream for upstream in registry.upstreams if not upstream.closed]
     found = await asyncio.gather(*(_look_at(upstream, session, run) for upstream in upstreams))
     for upstream, (error, reason) in zip(upstreams, found, strict=True):
-        upstream.error, upstream.reason = error, reason
+        if not upstream.closed:  # meanwhile; its keeper knows better
+            upstream.error, upstream.reason = error, reason
 
 
 async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:

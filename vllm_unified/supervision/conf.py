@@ -8,7 +8,7 @@ from vllm_unified.engines.keeper import LEAVING_SECONDS, SETTLING_SECONDS
 from vllm_unified.settings import Settings
 
 # Time for a keeper to kill what did not leave, after all that it grants the engine.
-KEEPER_SECONDS = 10
+KEEPER_SECONDS = 20
 
 
 def supervisord_conf(settings: Settings) -> str:
