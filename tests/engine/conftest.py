@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,9 @@ class Demo:
         return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
     @contextlib.contextmanager
-    def surviving(self, fault: str, *keys: str, door: str = "router") -> Iterator[None]:
+    def surviving(
+        self, fault: str, *keys: str, door: str = "router", is_back: Callable[[], bool] = lambda: True
+    ) -> Iterator[None]:
         """The body makes the fault. Afterwards the models `keys` come back by themselves, the others never stopped
         answering, the states told the truth, and nothing is left over."""
         before = {key: self.state(key).engine for key in keys}
@@ -126,7 +128,7 @@ class Demo:
         with _Watch(self, others, door) as watch:
             yield
             began = time.monotonic()
-            eventually(lambda: all(self._is_back(key, before[key]) for key in keys), 240)
+            eventually(lambda: is_back() and all(self._is_back(key, before[key]) for key in keys), 240)
             seconds = time.monotonic() - began
         RECOVERIES.append((fault, seconds, [self.state(key).ready_after for key in keys]))
         assert watch.failures == []
@@ -213,7 +215,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     logs = home / "run" / "logs"
     logs.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", logs], capture_output=True)
-    demo = Demo(home, *_ports_and_environment(home))
+    demo = Demo(home, *ports_and_environment(home))
     demo.environ["PYTHONPATH"] = str(home / "clock")
     try:
         _start_twice(demo)
@@ -223,7 +225,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         subprocess.run(["umount", "--lazy", logs], capture_output=True)
 
 
-def _ports_and_environment(home: Path) -> tuple[dict[str, int], dict[str, str]]:
+def ports_and_environment(home: Path) -> tuple[dict[str, int], dict[str, str]]:
     ports = {name: free_port() for name in ("router", *KEYS)}
     environ = {
         **os.environ,

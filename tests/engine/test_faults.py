@@ -64,14 +64,10 @@ def test_engine_core_stopped(demo: Demo) -> None:
 
 def test_router_killed(demo: Demo) -> None:
     before = {key: demo.pid(key) for key in KEYS}
-    with demo.surviving("router SIGKILLed", door="own"):
-        running = programs(demo.run_folder)
-        assert running is not None
-        began = time.monotonic()
+    running = programs(demo.run_folder)
+    assert running is not None
+    with demo.surviving("router SIGKILLed", door="own", is_back=lambda: router_answers(demo)):
         os.kill(running["router"]["pid"], signal.SIGKILL)
-        eventually(lambda: router_answers(demo), 30)
-        took = time.monotonic() - began
-        assert took < 20
     assert {key: demo.pid(key) for key in KEYS} == before
 
 
@@ -97,8 +93,8 @@ def test_weights_truncated(demo: Demo) -> None:
         os.kill(demo.pid("chat"), signal.SIGKILL)
         reason = failed(demo, "chat", unlike="SIGKILL")
         weights.write_bytes(whole)
-    assert "models/demo/chat" in reason, reason
-    assert "again" in reason, reason
+    assert "cut short or damaged" in reason, reason
+    assert "download the model again" in reason, reason
 
 
 def test_weights_folder_missing(demo: Demo) -> None:
