@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -238,6 +239,21 @@ def test_a_keeper_that_drains_its_engine_is_heard_at_once(deployment: Deployment
         assert "a secret of its log" in client.post("/v1/chat/completions", json={"model": "chat"}).text
         keeper_says(deployment, Phase.READY)
         eventually(lambda: client.post("/v1/chat/completions", json={"model": "chat"}).status_code == 200)
+
+
+def test_a_killed_keepers_engine_is_not_asked(deployment: Deployment) -> None:
+    """vLLM answers 500 to everything while it ends, and 200 to its health check."""
+    deployment.start({"chat": {"type": "chat", "fake": {"refuse": 500}}})
+    with deployment.client() as client:
+        keeper = subprocess.Popen(["sleep", "60"])
+        said = EngineState("chat", Phase.READY, since=time.monotonic(), keeper=Process.of(keeper.pid))
+        said.write(deployment.project.home / "run")
+        assert client.post("/v1/chat/completions", json={"model": "chat"}).status_code == 500
+        keeper.kill()
+        keeper.wait()
+        answer = client.post("/v1/chat/completions", json={"model": "chat"})
+        assert answer.status_code == 503
+        eventually(lambda: "its keeper is gone" in client.get("/health").text)
 
 
 def test_a_failing_answer_of_a_dying_engine_is_503(deployment: Deployment) -> None:

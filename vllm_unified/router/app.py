@@ -29,7 +29,7 @@ def create_app(settings: Settings) -> FastAPI:
     """Raises UserError when there is no API key."""
     api_key = settings.require_api_key()
     registry = Registry([Upstream(model, settings.engine_url(model)) for model in settings.models])
-    forwarder = Forwarder(registry, api_key, settings.router.max_body_mib << 20)
+    forwarder = Forwarder(registry, api_key, settings.router.max_body_mib << 20, settings.run)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -9,12 +9,13 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm_unified.router.health import is_healthy
+from vllm_unified.router.health import is_ending
 from vllm_unified.router.problems import RequestError, not_ready
 from vllm_unified.router.registry import Registry, Upstream
 from vllm_unified.router.routes import Route
@@ -36,8 +37,9 @@ NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"ex
 class Forwarder:
     """Makes the ASGI application of each route."""
 
-    def __init__(self, registry: Registry, api_key: str, max_body_bytes: int) -> None:
+    def __init__(self, registry: Registry, api_key: str, max_body_bytes: int, run: Path) -> None:
         self.registry = registry
+        self.run = run
         self.authorization = f"Bearer {api_key}"
         self.max_body_bytes = max_body_bytes
         self._session: aiohttp.ClientSession | None = None
@@ -113,8 +115,8 @@ class _Exchange:
         async with answer:
             if not 200 <= answer.status < 600:
                 raise self._engine_error(f"answered with the status {answer.status}")
-            if answer.status >= 500 and not await is_healthy(self.forwarder.session, self.upstream.url):
-                # What was in an engine when its core died is answered with 500; it is about to be restarted.
+            if answer.status >= 500 and await is_ending(self.upstream, self.forwarder.session, self.forwarder.run):
+                # What was in an engine when its core died is answered with 500.
                 raise self._not_ready("it failed while it answered")
             await self._pass_on(answer)
 

@@ -9,7 +9,7 @@ import aiohttp
 
 from vllm_unified import state
 from vllm_unified.router.registry import Registry, Upstream
-from vllm_unified.state import EngineState, Phase
+from vllm_unified.state import Phase
 
 LOOK_SECONDS = 5.0
 STATE_SECONDS = 0.25
@@ -29,7 +29,7 @@ async def watch(registry: Registry, session: aiohttp.ClientSession, run: Path, i
 
     async def hear_all() -> None:
         for upstream in registry.upstreams:
-            hear_keeper(upstream, state.read(run, upstream.model.key))
+            hear_keeper(upstream, run)
 
     await asyncio.gather(_for_ever(look_at_all, interval), _for_ever(hear_all, STATE_SECONDS))
 
@@ -43,15 +43,29 @@ async def _for_ever(work: Callable[[], Awaitable[None]], interval: float) -> Non
         await asyncio.sleep(interval)
 
 
-def hear_keeper(upstream: Upstream, said: EngineState) -> None:
-    """A keeper closes its engine to us before it stops it, and opens it when it answered a first request."""
+def hear_keeper(upstream: Upstream, run: Path) -> None:
+    """A keeper closes its engine to us before it stops it, and opens it when it answered a first request.
+
+    An engine whose keeper was killed is told to end by that, and answers nonsense until it has.
+    """
     was_closed = upstream.closed is not None
-    if said.is_kept and said.phase is not Phase.READY:
+    said = state.read_as_written(run, upstream.model.key)
+    if said is None or said.phase is Phase.STOPPED:
+        upstream.closed = None
+    elif not said.is_kept:
+        upstream.closed, upstream.reason = "its keeper is gone, it is about to be restarted", None
+    elif said.phase is not Phase.READY:
         upstream.closed, upstream.reason = NOT_READY.get(said.phase, str(said.phase)), said.reason
     else:
         upstream.closed = None
-        if was_closed and said.is_kept:
+        if was_closed:
             upstream.error = upstream.reason = None
+
+
+async def is_ending(upstream: Upstream, session: aiohttp.ClientSession, run: Path) -> bool:
+    """Whether an engine that answered with an error is about to be restarted."""
+    hear_keeper(upstream, run)
+    return upstream.closed is not None or not await _is_healthy(session, upstream.url)
 
 
 async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) -> None:
@@ -62,7 +76,7 @@ async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) ->
             upstream.error, upstream.reason = error, reason
 
 
-async def is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
+async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
     try:
         async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=LOOK_SECONDS)) as answer:
             await answer.read()
