@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from vllm_unified.settings import Settings, load
@@ -82,3 +83,20 @@ def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
         assert time.monotonic() < deadline, f"did not come true in {seconds} s; last: {value!r}"
         time.sleep(0.05)
     return value
+
+
+def processes_with(variable: str, beginning: str) -> list[psutil.Process]:
+    """Those in whose environment `variable` begins so; zombies hold nothing any more."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(variable, "").startswith(beginning) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def command_line(process: psutil.Process) -> str:
+    """Empty for one that has just ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""

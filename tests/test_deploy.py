@@ -13,7 +13,16 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import CHECKOUT, FAKE_ENGINE, Project, eventually, free_port, listening
+from tests.conftest import (
+    CHECKOUT,
+    FAKE_ENGINE,
+    Project,
+    command_line,
+    eventually,
+    free_port,
+    listening,
+    processes_with,
+)
 
 DEPLOY = str(CHECKOUT / "deploy.sh")
 
@@ -59,16 +68,9 @@ class Deployed:
         return document
 
     def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("VLLM_UNIFIED_HOME") == str(self.project.home) or (
-                    process.environ().get("VLLM_UNIFIED_ENGINE", "").startswith(f"{self.project.home}:")
-                ):
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return [process for process in found if process.pid != os.getpid()]
+        own = processes_with("VLLM_UNIFIED_HOME", str(self.project.home))
+        engines = processes_with("VLLM_UNIFIED_ENGINE", f"{self.project.home}:")
+        return [process for process in {*own, *engines} if process.pid != os.getpid()]
 
     def traces(self) -> set[str]:
         """What a stopped deployment may leave is its logs, its caches and its configuration."""
@@ -208,7 +210,7 @@ def test_ctrl_c_leaves_nothing_half_started(deployed: Deployed, number: signal.S
     starting = subprocess.Popen(
         [DEPLOY, "start"], env=deployed.environ, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    eventually(lambda: any("fake_engine" in " ".join(each.cmdline()) for each in deployed.processes()))
+    eventually(lambda: any("fake_engine" in command_line(each) for each in deployed.processes()))
     os.killpg(starting.pid, number)
     output, _ = starting.communicate(timeout=30)
     assert starting.returncode == 130
@@ -230,7 +232,7 @@ def test_two_starts_at_the_same_moment(deployed: Deployed) -> None:
     for (_, said), code in ended:
         assert code == 0 or "another ./deploy.sh is at work here" in said
     assert deployed.status()["ready"]
-    assert len([each for each in deployed.processes() if "supervisord" in " ".join(each.cmdline())]) == 1
+    assert len([each for each in deployed.processes() if "supervisord" in command_line(each)]) == 1
 
 
 def test_a_killed_supervisord_leaves_nothing_and_the_next_start_works(deployed: Deployed) -> None:

@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 
-from tests.conftest import API_KEY, CHECKOUT, eventually, free_port
+from tests.conftest import API_KEY, CHECKOUT, command_line, eventually, free_port, processes_with
 from vllm_unified import state
 from vllm_unified.engines import locks
 from vllm_unified.state import EngineState, Phase, Process
@@ -86,7 +86,7 @@ class Demo:
     def process(self, key: str, title: str) -> psutil.Process:
         """vLLM's EngineCore or Worker of a model."""
         children = psutil.Process(self.pid(key)).children(recursive=True)
-        return next(child for child in children if title in " ".join(child.cmdline()))
+        return next(child for child in children if title in command_line(child))
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.ports[name]}/v1"
@@ -101,21 +101,11 @@ class Demo:
 
     def processes(self) -> list[psutil.Process]:
         """All that runs of it."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("VLLM_UNIFIED_HOME") == str(self.home):
-                    found.append(process)
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        return processes_with("VLLM_UNIFIED_HOME", str(self.home))
 
     def engine_processes(self) -> list[psutil.Process]:
         """vLLM's, known by the mark that a keeper gives them."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("VLLM_UNIFIED_ENGINE", "").startswith(f"{self.home}:"):
-                    found.append(process)
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        return processes_with("VLLM_UNIFIED_ENGINE", f"{self.home}:")
 
     @contextlib.contextmanager
     def surviving(

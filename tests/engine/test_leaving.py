@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.conftest import CHECKOUT, eventually
+from tests.conftest import CHECKOUT, command_line, eventually
 from tests.engine.conftest import HEADERS, KEYS, RECOVERIES, Demo, ports_and_environment
 from vllm_unified.state import Phase
 
@@ -95,7 +95,7 @@ def test_supervisord_told_to_end_during_a_warm_up(tmp_path: Path) -> None:
     command = [str(CHECKOUT / "deploy.sh"), "start", "--demo"]
     starting = subprocess.Popen(command, env=demo.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        eventually(lambda: any("VLLM::" in " ".join(cmdline(each)) for each in demo.engine_processes()), 180)
+        eventually(lambda: any("VLLM::" in command_line(each) for each in demo.engine_processes()), 180)
         began = time.monotonic()
         os.kill(int((demo.run_folder / "supervisord.pid").read_text()), signal.SIGTERM)
         eventually(lambda: demo.engine_processes() == [], 60)
@@ -108,9 +108,3 @@ def test_supervisord_told_to_end_during_a_warm_up(tmp_path: Path) -> None:
         eventually(lambda: demo.processes() == [], 30)
     finally:
         assert demo.run("stop").returncode == 0
-
-
-def cmdline(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []

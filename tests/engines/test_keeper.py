@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import API_KEY, CHECKOUT, FAKE_ENGINE, Project, eventually, free_port, listening
+from tests.conftest import API_KEY, CHECKOUT, FAKE_ENGINE, Project, eventually, free_port, listening, processes_with
 from vllm_unified import state
 from vllm_unified.engines.keeper import is_healthy
 from vllm_unified.state import EngineState, Phase
@@ -76,13 +76,7 @@ class Keepers:
 
     def left_over(self) -> list[psutil.Process]:
         """Whatever still runs of this project."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                mark = process.environ().get("VLLM_UNIFIED_ENGINE", "")
-                if mark.startswith(f"{self.project.home}:") and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return processes_with("VLLM_UNIFIED_ENGINE", f"{self.project.home}:")
 
 
 @pytest.fixture

@@ -169,17 +169,14 @@ class Keeper:
 
     def _start(self, lock_descriptors: Sequence[int]) -> str | None:
         """None when the engine is ready, else why it is not."""
-        failure = (
-            port_taken(self.orders.host, self.orders.port)
-            or self._missing_weights()
-            or self._wait_for_memory()
-            or self._launch(lock_descriptors)
-        )
+        failure = port_taken(self.orders.host, self.orders.port) or self._missing_weights() or self._wait_for_memory()
         if failure:
             return failure
         began = time.monotonic()
         deadline = began + self.orders.startup_timeout
-        failure = self._wait_for_health(deadline) or self._wait_for_first_answer(deadline)
+        failure = (
+            self._launch(lock_descriptors) or self._wait_for_health(deadline) or self._wait_for_first_answer(deadline)
+        )
         if failure is None:
             self._enter(Phase.READY, reason=None, note=None, ready_after=round(time.monotonic() - began, 1))
             self.log.say(f"ready after {self.state.ready_after} s")
