@@ -1,4 +1,4 @@
-"""Starting a process group, waiting for signals, and ending a group so that nothing of it is left."""
+"""Starting a process group, waiting for signals, and ending all that came of it so that nothing is left."""
 
 import contextlib
 import ctypes

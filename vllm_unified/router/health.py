@@ -65,7 +65,10 @@ def hear_keeper(upstream: Upstream, run: Path) -> None:
 async def is_ending(upstream: Upstream, session: aiohttp.ClientSession, run: Path) -> bool:
     """Whether an engine that answered with an error is about to be restarted."""
     hear_keeper(upstream, run)
-    return upstream.closed is not None or not await _is_healthy(session, upstream.url)
+    if upstream.closed:
+        return True
+    error, _ = await _look_at(upstream, session, run)
+    return error is not None
 
 
 async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) -> None:
@@ -74,15 +77,6 @@ async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) ->
     for upstream, (error, reason) in zip(upstreams, found, strict=True):
         if not upstream.closed:  # meanwhile; its keeper knows better
             upstream.error, upstream.reason = error, reason
-
-
-async def _is_healthy(session: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with session.get(f"{url}/health", timeout=aiohttp.ClientTimeout(total=LOOK_SECONDS)) as answer:
-            await answer.read()
-            return answer.status == 200
-    except (aiohttp.ClientError, TimeoutError):
-        return False
 
 
 async def _look_at(upstream: Upstream, session: aiohttp.ClientSession, run: Path) -> tuple[str | None, str | None]:
