@@ -60,6 +60,11 @@ class Settings:
     engine_env: Mapping[str, str]
 
     @property
+    def engines(self) -> tuple[Model, ...]:
+        """The models that are served on this machine."""
+        return tuple(model for model in self.models if model.served_here)
+
+    @property
     def own_variables(self) -> frozenset[str]:
         """What is said to the deployment and not to its engines."""
         return frozenset((*OWN_VARIABLES, *SHELL_VARIABLES, *(port_variable(model.key) for model in self.models)))
@@ -227,11 +232,12 @@ class _Resolver:
         if entry.memory_gib is not None:  # says the same, and the model's own word goes before a default
             given = given | {"gpu_memory_utilization"}
         unset = {name: value for name, value in self.field_defaults.items() if name not in given}
+        served_here = bool(entry.path or entry.repo or not entry.endpoints)
         resolved = {
             **unset,
             "key": key,
-            "path": entry.path or f"models/{key}",
-            "port": port or entry.port or DEFAULT_PORTS[entry.type],
+            "path": (entry.path or f"models/{key}") if served_here else "",
+            "port": (port or entry.port or DEFAULT_PORTS[entry.type]) if served_here else 0,
         }
         return Model.model_construct(**{**dict(entry), **resolved})
 

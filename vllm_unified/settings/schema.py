@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -60,6 +61,39 @@ EngineVariables = Annotated[dict[VariableName, str], AfterValidator(_not_ours)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _base_address(value: str) -> str:
+    """Without `/v1`, which every path that is asked there begins with."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no port, no IPv6 address
+        usable = False
+    if not usable or parts.username is not None or parts.query or parts.fragment or not re.fullmatch("[!-~]+", value):
+        raise ValueError(f'"{value}" is no address of a server; use http://HOST:PORT/v1 or https://HOST/v1')
+    return value.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+class Endpoint(_Strict):
+    """A remote OpenAI-compatible server that serves a model; a string in the file is its `url`."""
+
+    url: Annotated[str, AfterValidator(_base_address)] = Field(
+        description="its address, as http://gpu-2:8000/v1; /v1 may be left out"
+    )
+    api_key: Annotated[str, Field(pattern="^[!-~]+$")] | None = Field(
+        default=None, description="the key it wants; $NAME takes the variable NAME of .env or of the environment"
+    )
+    model: Name | None = Field(default=None, description="the name that the model has there (default: the same)")
+    ca: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="PEM file with the authority that signed its certificate"
+    )
+    timeout: float = Field(default=600.0, gt=0, le=86400, description="seconds that it may be silent in an answer")
+    weight: int = Field(default=1, ge=1, le=1000, description="its share of the requests among the replicas")
+
+
+def _endpoint(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
 
 
 def _complete_schema(schema: dict[str, Any]) -> None:
@@ -136,6 +170,22 @@ class ModelEntry(_Strict):
     startup_timeout: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="seconds from start to ready (default router.startup_timeout)"
     )
+    endpoints: list[Annotated[Endpoint, BeforeValidator(_endpoint)]] = Field(
+        default=[], description="remote OpenAI servers that serve it; with `path` or `repo` it is served here as well"
+    )
+    balancing: Literal["least_loaded", "round_robin", "sticky"] = Field(
+        default="least_loaded", description="how its replicas share the requests; sticky keeps a session on one"
+    )
+    max_concurrent: int | None = Field(
+        default=None, ge=1, description="requests at a time; more wait in a queue (default: as many as come)"
+    )
+    max_queue: int = Field(default=100, ge=0, description="requests that may wait; more are refused with 429")
+    queue_timeout: float = Field(
+        default=60.0, gt=0, le=3600, description="seconds that a request waits in the queue before 503"
+    )
+    wait_for_ready: float = Field(
+        default=0.0, ge=0, le=3600, description="seconds that a request waits for a model that is starting"
+    )
 
     @property
     def devices_needed(self) -> int:
@@ -177,6 +227,11 @@ class Model(ModelEntry):
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.served_model_names)
 
+    @property
+    def served_here(self) -> bool:
+        """Whether it has an engine of its own; else its endpoints alone serve it."""
+        return bool(self.path)
+
 
 class RouterSettings(_Strict):
     """`router` in models.json."""
@@ -185,6 +240,13 @@ class RouterSettings(_Strict):
     health_check_interval: float = Field(default=2.0, gt=0, le=3600, description="seconds between looks at each engine")
     startup_timeout: float = Field(default=1800.0, gt=0, description="seconds that a model may take to be ready")
     max_body_mib: int = Field(default=32, ge=1, le=1024, description="largest request, in MiB")
+    retries: int = Field(
+        default=3, ge=0, le=10, description="further tries of a request that no byte of an answer came back for"
+    )
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[!-~]+[^/])$")]] = Field(
+        default=[], description="web pages that may call it from a browser, as https://app.example; * is any"
+    )
+    access_log: bool = Field(default=True, description="one line of JSON a request, in run/logs/router.log")
 
 
 class SystemSettings(_Strict):
