@@ -8,6 +8,7 @@ from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import ROUTES, Route
+from vllm_unified.router.shapes import is_deepseek_ocr
 from vllm_unified.settings import Kind, Model, Settings
 from vllm_unified.settings.schema import Endpoint
 
@@ -20,6 +21,7 @@ class Served:
     def __init__(self, model: Model, replicas: Sequence[Replica]) -> None:
         self.model = model
         self.handles = (model.key, *model.names)  # what a key's list of models may call it
+        self.deepseek_ocr = is_deepseek_ocr(model)
         self.replicas = tuple(replicas)
         self.gate = Gate(model.max_concurrent, model.max_queue, model.queue_timeout)
         self.drained = False  # an operator's word: nothing more is let in
@@ -29,6 +31,7 @@ class Served:
     def change(self, model: Model, replicas: Sequence[Replica]) -> None:
         self.model = model
         self.handles = (model.key, *model.names)
+        self.deepseek_ocr = is_deepseek_ocr(model)
         self.replicas = tuple(replicas)
         self.gate.change(model.max_concurrent, model.max_queue, model.queue_timeout)
 
