@@ -61,7 +61,7 @@ class KeyEntry(BaseModel):
     expires: Until | None = Field(default=None, description="last day (UTC) or moment at which it works")
     priority: int = Field(default=0, description="of the requests that wait for a model the highest goes first")
     admin: bool = Field(default=False, description="true: it sees the usage of every key")
-    created: Since | None = Field(default=None, description="when it was made; `keys list` shows it")
+    created: Since | None = Field(default=None, description="when it was made; `keys list --json` shows it")
 
     @field_validator("name")
     @classmethod
