@@ -142,6 +142,7 @@ def vllm_router(folder: Path, engines: Sequence[int]) -> Command:
     port, metrics = free_ports(2)
     options = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics)]
     options += ["--worker-urls", f"http://127.0.0.1:{engines[0]}", "--policy", "round_robin", "--log-level", "warning"]
+    options += ["--prometheus-host", "127.0.0.1"]
     return Command([_peer("vllm-router"), *options], port)
 
 
@@ -149,6 +150,7 @@ def smg(folder: Path, engines: Sequence[int]) -> Command:
     port, metrics = free_ports(2)
     options = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics)]
     options += ["--worker-urls", f"http://127.0.0.1:{engines[0]}", "--policy", "round_robin", "--log-level", "warn"]
+    options += ["--prometheus-host", "127.0.0.1", "--disable-tokenizer-autoload"]
     return Command([_peer("smg"), "launch", *options], port)
 
 
@@ -160,7 +162,7 @@ def litellm(folder: Path, engines: Sequence[int]) -> Command:
     (folder / "logging.json").write_text(json.dumps({"version": 1, "disable_existing_loggers": False}))
     options = ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
     options += ["--config", str(folder / "config.yaml"), "--log_config", str(folder / "logging.json")]
-    environ = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    environ = {"LITELLM_MASTER_KEY": API_KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
     return Command([_peer("litellm"), *options], port, environ)
 
 
