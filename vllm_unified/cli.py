@@ -215,21 +215,13 @@ def engine(project: Project, name: str) -> None:
 @click.pass_obj
 def router(project: Project) -> None:
     """Serve the router, until SIGTERM. supervisord runs this."""
-    import uvicorn
-
     from vllm_unified.router.app import create_app
+    from vllm_unified.router.serving import Router, run
 
     _end_with_supervisord()
-    settings = project.settings()
-    uvicorn.run(
-        create_app(settings),
-        host=settings.environment.router_host,
-        port=settings.router.port,
-        access_log=False,
-        server_header=False,
-        http="h11",  # it bounds the size of headers, which httptools does not
-        timeout_graceful_shutdown=round(settings.system.drain_timeout),
-    )
+    serving = Router(project.settings())
+    serving.app = create_app(serving)
+    run(serving)
 
 
 @cli.command()

@@ -86,38 +86,6 @@ class Exchange:
     The way of nearly all requests, from a free slot over an idle connection, makes no task and waits for nothing.
     """
 
-    __slots__ = (
-        "_adapted",
-        "_asked",
-        "_body",
-        "_chunked",
-        "_connection",
-        "_form",
-        "_forwarded",
-        "_forwarding",
-        "_gated",
-        "_head",
-        "_held",
-        "_hide_usage",
-        "_kept_alive",
-        "_key",
-        "_last_data",
-        "_last_error",
-        "_over",
-        "_replica",
-        "_route",
-        "_served",
-        "_session",
-        "_stale",
-        "_task",
-        "_tokens",
-        "_tried",
-        "client",
-        "record",
-        "request",
-        "request_id",
-    )
-
     def __init__(self, forwarding: Forwarding, request: Request, client: ClientConnection, route: Route, key: Key):
         self._forwarding = forwarding
         self.request = request
@@ -222,7 +190,7 @@ class Exchange:
             return
         served.waiting += 1
         try:
-            while not served.ready and time.monotonic() < deadline:
+            while not served.ready and time.monotonic() < deadline:  # noqa: ASYNC110 - a keeper's word is a file
                 await asyncio.sleep(LOOK_FOR_READY_SECONDS)
         finally:
             served.waiting -= 1
@@ -586,10 +554,10 @@ class Exchange:
                 self._failed(error)
             else:
                 self._break_off(f"was silent for {limit:g} s")
-        elif isinstance(self._tokens, StreamTokens) and self._tokens.at_border:
-            if now - max(self._last_data, self._kept_alive) > KEEP_ALIVE_SECONDS:
-                self._kept_alive = now
+        elif now - max(self._last_data, self._kept_alive) > KEEP_ALIVE_SECONDS:
+            if isinstance(self._tokens, StreamTokens) and self._tokens.at_border:
                 self._write(b": keep-alive\n\n")
+            self._kept_alive = now
 
     # --- the ends ---
 

@@ -139,9 +139,7 @@ class Registry:
                 param="model",
             )
         if not served.open_to(key):
-            raise RequestError(
-                403, f'this API key may not use "{name}"', code="model_not_allowed", param="model"
-            )
+            raise RequestError(403, f'this API key may not use "{name}"', code="model_not_allowed", param="model")
         if served.model.type not in route.kinds:
             suited = ", ".join(each.path for each in ROUTES if served.model.type in each.kinds)
             raise RequestError(
@@ -177,8 +175,6 @@ def _replicas(settings: Settings, model: Model, before: Iterable[Replica]) -> li
         wanted.insert(0, (model.key, own, model.name, True))
     return [
         known.get((name, endpoint, upstream_model))
-        or Replica(
-            name, endpoint, upstream_model, local=local, ca=settings.home / endpoint.ca if endpoint.ca else None
-        )
+        or Replica(name, endpoint, upstream_model, local=local, ca=settings.home / endpoint.ca if endpoint.ca else None)
         for name, endpoint, upstream_model, local in wanted
     ]

@@ -12,11 +12,10 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 from urllib.parse import unquote_to_bytes
 
 import httptools
-from starlette.types import ASGIApp, Message
 
 from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError
@@ -29,6 +28,7 @@ IDLE_SECONDS = 75.0
 STALLED_SECONDS = 120.0
 # After an answer that came before the request's end, what still comes is thrown away for so long.
 LINGERING_SECONDS = 10.0
+DISCARDED_BODIES = 8  # of the largest size
 LONGEST_HEAD = 64 * 1024
 LONGEST_TARGET = 16 * 1024
 # What a client may send ahead of the answer to its last request.
@@ -50,22 +50,6 @@ def status_line(status: int) -> bytes:
 
 class Request:
     """`path` is percent-decoded, `target` as it came without the query. `headers`: names in lower case."""
-
-    __slots__ = (
-        "body",
-        "fields",
-        "headers",
-        "keep_alive",
-        "key",
-        "method",
-        "path",
-        "peer",
-        "query",
-        "refusal",
-        "started",
-        "target",
-        "version",
-    )
 
     def __init__(self, method: str, target: bytes, version: str, headers: Headers, peer: str, *, keep_alive: bool):
         self.method = method
@@ -114,27 +98,6 @@ class Handler(Protocol):
 class ClientConnection(asyncio.Protocol):
     """One client's connection: one request is answered at a time, in the order in which they came."""
 
-    __slots__ = (
-        "_body",
-        "_body_size",
-        "_discarding",
-        "_head_size",
-        "_headers",
-        "_in_head",
-        "_lingering",
-        "_parser",
-        "_pipeline",
-        "_pipelined_bytes",
-        "_reading",
-        "_request",
-        "_server",
-        "_target",
-        "_transport",
-        "_work",
-        "deadline",
-        "peer",
-    )
-
     def __init__(self, server: "Server") -> None:
         self._server = server
         self._transport: asyncio.Transport | None = None
@@ -150,6 +113,8 @@ class ClientConnection(asyncio.Protocol):
         self._body_size = 0
         self._discarding = False
         self._lingering = False
+        self._thrown_away = 0
+        self._may_throw_away = LONGEST_HEAD
         self._pipeline: collections.deque[Request] = collections.deque()
         self._pipelined_bytes = 0
         self._request: Request | None = None  # being answered
@@ -236,7 +201,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._server.connections.discard(self)
+        self._server.forget(self)
         self._pipeline.clear()
         work, self._work = self._work, None
         if work is not None:
@@ -244,6 +209,9 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
+            self._thrown_away += len(data)
+            if self._thrown_away > self._may_throw_away:
+                self.abort()
             return
         if self._in_head:
             self._head_size += len(data)
@@ -394,6 +362,8 @@ class ClientConnection(asyncio.Protocol):
             self._pipeline.clear()
             self._lingering = True
             return
+        if self._reading is not None:
+            self._may_throw_away = DISCARDED_BODIES * self._server.handler.max_body_bytes
         self._request = self._reading or Request("GET", b"/", "1.1", [], self.peer, keep_alive=False)
         self._request.keep_alive = False
         self._reading = self._request
@@ -414,108 +384,11 @@ class ClientConnection(asyncio.Protocol):
 
     def _body_too_large(self) -> RequestError:
         limit = self._server.handler.max_body_bytes >> 20
-        return RequestError(
-            413, f"the body is larger than {limit} MiB (router.max_body_mib)", code="request_too_large"
-        )
+        return RequestError(413, f"the body is larger than {limit} MiB (router.max_body_mib)", code="request_too_large")
 
 
 def _head_too_large() -> RequestError:
     return RequestError(431, f"the headers are larger than {LONGEST_HEAD >> 10} KiB", code="headers_too_large")
-
-
-class AsgiWork:
-    """One request that an ASGI application answers."""
-
-    def __init__(self, app: ASGIApp, request: Request, client: ClientConnection) -> None:
-        self._app = app
-        self._request = request
-        self._client = client
-        self._left = asyncio.Event()
-        self._may_write = asyncio.Event()
-        self._may_write.set()
-        self._body_read = False
-        self._status = 0
-        self._headers: Headers = []
-        self._chunked = False
-        self._begun = False
-        self._ended = False
-        self._task = asyncio.get_running_loop().create_task(self._run())
-
-    def client_left(self) -> None:
-        self._left.set()
-        self._may_write.set()
-
-    def pause(self) -> None:
-        self._may_write.clear()
-
-    def resume(self) -> None:
-        self._may_write.set()
-
-    async def _run(self) -> None:
-        try:
-            await self._app(self._scope(), self._receive, self._send)
-        except Exception:
-            log.exception("%s %s", self._request.method, self._request.path)
-        if not self._ended and not self._left.is_set():
-            if self._begun:
-                self._client.abort()
-            else:
-                error = RequestError(500, "the router failed; its log says why", code="internal_error")
-                self._client.answer(error.status, error.wire_headers(), error.body())
-
-    def _scope(self) -> dict[str, Any]:
-        request = self._request
-        return {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": request.version,
-            "method": request.method,
-            "scheme": "http",
-            "path": request.path.decode("utf-8", "replace"),
-            "raw_path": request.target,
-            "query_string": request.query,
-            "root_path": "",
-            "headers": request.headers,
-            "client": (request.peer, 0),
-            "server": None,
-            "state": {"key": request.key},
-        }
-
-    async def _receive(self) -> Message:
-        if not self._body_read:
-            self._body_read = True
-            return {"type": "http.request", "body": self._request.body, "more_body": False}
-        await self._left.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Message) -> None:
-        if self._left.is_set() or self._ended:
-            return
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-            self._headers = [(name.lower(), value) for name, value in message.get("headers", [])]
-            return
-        await self._may_write.wait()
-        body, more = message.get("body", b""), message.get("more_body", False)
-        silent = self._request.method == "HEAD"
-        if not self._begun:
-            self._begun = True
-            if not any(name == b"content-length" for name, _ in self._headers):
-                if more and self._request.version == "1.0":
-                    self._request.keep_alive = False
-                elif more:
-                    self._chunked = True
-                    self._headers.append((b"transfer-encoding", b"chunked"))
-                elif self._status not in (204, 304):
-                    self._headers.append((b"content-length", str(len(body)).encode()))
-            self._client.write(self._client.head(self._status, self._headers))
-        if body and not silent:
-            self._client.write(b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body)
-        if not more:
-            self._ended = True
-            if self._chunked and not silent:
-                self._client.write(b"0\r\n\r\n")
-            self._client.done()
 
 
 class Server:
@@ -527,6 +400,7 @@ class Server:
         self.connections: set[ClientConnection] = set()
         self.is_closing = False
         self.date_line = b""
+        self._empty = asyncio.Event()  # of connections, once it is closing
         self._listening: asyncio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
 
@@ -557,9 +431,9 @@ class Server:
             self._listening.close()
         for connection in list(self.connections):
             connection.close_if_idle()
-        deadline = time.monotonic() + seconds
-        while self.connections and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        if self.connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
         for connection in list(self.connections):
             connection.abort()
         await asyncio.sleep(0)
@@ -567,6 +441,11 @@ class Server:
             self._ticking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticking
+
+    def forget(self, connection: ClientConnection) -> None:
+        self.connections.discard(connection)
+        if self.is_closing and not self.connections:
+            self._empty.set()
 
     async def _tick_for_ever(self) -> None:
         while True:

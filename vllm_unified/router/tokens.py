@@ -1,4 +1,4 @@
-"""How many tokens an answer took, read as it passes; and the last chunk of a stream, hidden when it was not asked for."""
+"""How many tokens an answer took, read as it passes; a stream's last chunk is hidden where nobody asked for it."""
 
 import msgspec
 

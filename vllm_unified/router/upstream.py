@@ -29,22 +29,6 @@ class Receiver(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """Used by one receiver at a time; between two of them it waits in its replica's `idle`."""
 
-    __slots__ = (
-        "_ended",
-        "_head_size",
-        "_headers",
-        "_parser",
-        "_paused",
-        "_receiver",
-        "_reusable",
-        "_skipped",
-        "_transport",
-        "_until_close",
-        "idle_since",
-        "replica",
-        "used",
-    )
-
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
         self.used = 0  # answers that came whole
@@ -74,9 +58,7 @@ class UpstreamConnection(asyncio.Protocol):
             transport.write(body)
 
     def is_usable(self, now: float) -> bool:
-        return (
-            self._transport is not None and not self._transport.is_closing() and now - self.idle_since < IDLE_SECONDS
-        )
+        return self._transport is not None and not self._transport.is_closing() and now - self.idle_since < IDLE_SECONDS
 
     def close(self) -> None:
         """End it at once; the server notices, and drops what it was doing."""
