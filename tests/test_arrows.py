@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "router": BASE | {"settings"},
     "machine": BASE | {"settings", "engines"},
     "console": BASE | {"settings", "engines", "supervision"},
-    "cli": BASE | {"settings", "engines", "supervision", "router", "machine", "console"},
+    "operations": BASE | {"settings", "engines", "supervision"},
+    "cli": BASE | {"settings", "engines", "supervision", "router", "machine", "console", "operations"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -1,5 +1,6 @@
 """The command line: prints one line and exits with 1 on a user's error."""
 
+import json
 import os
 import sqlite3
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from vllm_unified.state import EngineState, Phase
 
 DEFAULT_CONFIG = "config/models.json"
 NOT_RUNNING = 3
+# Beyond what requests in flight are given: for engines to end and keepers to start.
+RELOAD_SECONDS = 120
+MOVED_ROUTER = "where its port, address or key was changed, ./deploy.sh restart takes that up"
 
 
 def main() -> None:
@@ -144,7 +149,7 @@ def show(project: Project, name: str) -> None:
     from vllm_unified.engines.placement import place_now
 
     settings = project.settings()
-    model = _model(settings, name)
+    model = _engine(settings, name)
     placed = place_now(settings, model).of(model.key)
     click.echo(engine_command(settings, placed).shown(settings))
 
@@ -159,9 +164,12 @@ def plan(project: Project, as_json: bool) -> None:
 
     from vllm_unified.console import plan_json, plan_table, print_json
 
-    planned = _planned(project.settings())
+    settings = project.settings()
+    planned = _planned(settings)
     if as_json:
         print_json(plan_json(planned))
+    elif not planned.placed:
+        click.echo(f"{settings.shown_file}: nothing is served on this machine, all by endpoints")
     else:
         Console(soft_wrap=True).print(plan_table(planned))
 
@@ -175,12 +183,20 @@ def render(project: Project) -> None:
 
     settings = project.settings()
     text = supervisord_conf(settings)
-    placement = placement_text(_planned(settings))
+    placement = placement_text(_planned(settings).places)
     (settings.run / "logs").mkdir(parents=True, exist_ok=True)
     (settings.run / "supervisord.conf").write_text(text, encoding="utf-8")
     (settings.run / "placement.json").write_text(placement, encoding="utf-8")
     (settings.run / "config").write_text(f"{settings.file}\n", encoding="utf-8")
     click.echo(f"wrote {settings.run / 'supervisord.conf'}")
+
+
+@cli.command()
+@click.pass_obj
+def engines(project: Project) -> None:
+    """Print the keys of the models that are served on this machine, one a line."""
+    for model in project.settings().engines:
+        click.echo(model.key)
 
 
 @cli.command()
@@ -203,7 +219,7 @@ def engine(project: Project, name: str) -> None:
     _end_with_supervisord()
     try:
         settings = project.settings()
-        orders = orders_for(settings, _model(settings, name), project.environ)
+        orders = orders_for(settings, _engine(settings, name), project.environ)
     except UserError as error:
         if _under_supervisord():  # which gave us the name that it was rendered with
             _say_why_there_is_no_keeper(project.home / "run", name, str(error))
@@ -262,17 +278,59 @@ def health(project: Project) -> None:
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
+@click.option("--restarted", hidden=True, metavar="KEY", help="An engine that was started with the new file already.")
+@click.pass_obj
+def reload(project: Project, as_json: bool, restarted: str | None) -> None:
+    """Let the running deployment take up what changed in the configuration, and say what waits for a restart."""
+    from vllm_unified.console import print_json, reload_text
+    from vllm_unified.supervision.ask import programs
+
+    settings = project.running_settings()
+    if programs(settings.run) is None:
+        click.echo("not running; start it with ./deploy.sh start", err=True)
+        sys.exit(NOT_RUNNING)
+    api_key = settings.require_api_key()
+    url = f"{settings.router_url}/admin/reload"
+    patience = settings.system.drain_timeout + RELOAD_SECONDS
+    try:
+        code, said = loopback.post(url, {"restarted": [restarted] if restarted else []}, api_key, patience)
+    except OSError as error:
+        raise UserError(f"{url}: {error}; {MOVED_ROUTER}") from None
+    if code != HTTPStatus.OK:
+        raise UserError(_refusal(code, said))
+    document = json.loads(said)
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(reload_text(document))
+
+
+def _refusal(code: int, said: str) -> str:
+    """The router's own words, and what to do where they are of a key that is not the one it was started with."""
+    if code == HTTPStatus.UNAUTHORIZED:
+        return f"the router refuses the key; {MOVED_ROUTER}"
+    try:
+        return str(json.loads(said)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the router answers {code}: {said[:200]}"
+
+
+@cli.command()
+@click.argument("name", required=False)
 @click.option("--timeout", type=click.FloatRange(min=1), default=1800.0, show_default=True, help="Seconds.")
 @click.pass_obj
-def wait(project: Project, timeout: float) -> None:
-    """Show the models' progress until every required one is ready."""
+def wait(project: Project, name: str | None, timeout: float) -> None:
+    """Show the models' progress until every required one is ready, or the one of NAME."""
     from vllm_unified.console import wait_until_ready
     from vllm_unified.supervision.ask import programs
 
     settings = project.running_settings()
+    if name:
+        settings = replace(settings, models=(_engine(settings, name).model_copy(update={"required": True}),))
     deadline = time.monotonic() + timeout
     failure = wait_until_ready(settings, timeout, is_running=lambda: programs(settings.run) is not None)
-    if failure is None:
+    if failure is None and not name:
         failure = _wait_for_router(settings, deadline)
     if failure:
         raise UserError(f"not ready: {failure}")
@@ -406,9 +464,18 @@ def _model(settings: Settings, name: str) -> Model:
     """`name` is a key, or else a name that clients use: what is one model's key may be another's alias."""
     by_name = {each: model for model in settings.models for each in model.names}
     model = settings.model(name) or by_name.get(name)
+    if model is None and name in [disabled.key for disabled in settings.disabled]:
+        raise UserError(f"{settings.shown_file}: models.{name} is disabled; enable it, and ./deploy.sh reload")
     if model is None:
         keys = ", ".join(model.key for model in settings.models)
         raise UserError(f'{settings.shown_file}: no model "{name}"; there are {keys}')
+    return model
+
+
+def _engine(settings: Settings, name: str) -> Model:
+    model = _model(settings, name)
+    if not model.served_here:
+        raise UserError(f"{settings.shown_file}: models.{model.key}: no engine here serves it, its endpoints do")
     return model
 
 

@@ -70,7 +70,9 @@ def _base_address(value: str) -> str:
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # no port, no IPv6 address
         usable = False
-    if not usable or parts.username is not None or parts.query or parts.fragment or not re.fullmatch("[!-~]+", value):
+    if usable and parts.username is not None:  # a password, perhaps: not shown
+        raise ValueError("an address has no user name in it; put the key into api_key")
+    if not usable or parts.query or parts.fragment or not re.fullmatch("[!-~]+", value):
         raise ValueError(f'"{value}" is no address of a server; use http://HOST:PORT/v1 or https://HOST/v1')
     return value.rstrip("/").removesuffix("/v1").rstrip("/")
 
@@ -82,7 +84,10 @@ class Endpoint(_Strict):
         description="its address, as http://gpu-2:8000/v1; /v1 may be left out"
     )
     api_key: Annotated[str, Field(pattern="^[!-~]+$")] | None = Field(
-        default=None, description="the key it wants; $NAME takes the variable NAME of .env or of the environment"
+        default=None,
+        repr=False,
+        exclude=True,
+        description="the key it wants; $NAME takes the variable NAME of .env or of the environment",
     )
     model: Name | None = Field(default=None, description="the name that the model has there (default: the same)")
     ca: Annotated[str, Field(min_length=1)] | None = Field(
@@ -90,6 +95,17 @@ class Endpoint(_Strict):
     )
     timeout: float = Field(default=600.0, gt=0, le=86400, description="seconds that it may be silent in an answer")
     weight: int = Field(default=1, ge=1, le=1000, description="its share of the requests among the replicas")
+
+    @property
+    def api_key_variable(self) -> str | None:
+        """The variable that `api_key` names, until the key itself stands in its place."""
+        return self.api_key[1:] if self.api_key and self.api_key.startswith("$") else None
+
+    @model_validator(mode="after")
+    def _has_a_certificate(self) -> "Endpoint":
+        if self.ca and self.url.startswith("http:"):
+            raise ValueError("ca is for an https address; remove it, or write https in url")
+        return self
 
 
 def _endpoint(value: Any) -> Any:
@@ -104,6 +120,29 @@ def _complete_schema(schema: dict[str, Any]) -> None:
     properties["cuda_device"] = {**properties["gpus"], "anyOf": [*properties["gpus"]["anyOf"], *one_number]}
     for name in ("path", "port"):
         del properties[name]["default"]
+
+
+# How the engine of a model runs: without a meaning where none runs on this machine.
+ENGINE_FIELDS = (
+    "path",
+    "port",
+    "gpus",
+    "gpu_memory_utilization",
+    "memory_gib",
+    "kv_cache_memory_gib",
+    "priority",
+    "max_model_len",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "dtype",
+    "trust_remote_code",
+    "repo",
+    "revision",
+    "source",
+    "engine_args",
+    "env",
+    "startup_timeout",
+)
 
 
 class ModelEntry(_Strict):
@@ -188,6 +227,11 @@ class ModelEntry(_Strict):
     )
 
     @property
+    def served_here(self) -> bool:
+        """Whether it has an engine of its own; else its endpoints alone serve it."""
+        return bool(self.path or self.repo) or not self.endpoints
+
+    @property
     def devices_needed(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
@@ -205,6 +249,16 @@ class ModelEntry(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _engine_has_fields_of_engines(self) -> "ModelEntry":
+        idle = () if self.served_here else [name for name in ENGINE_FIELDS if name in self.model_fields_set]
+        if idle:
+            raise ValueError(
+                f"its endpoints alone serve it, and {' and '.join(idle)} would be of an engine on this machine; "
+                "remove that, or say in path or repo which weights an engine here serves"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_device_a_rank(self) -> "ModelEntry":
         if self.gpus is None:
             return self
@@ -219,18 +273,17 @@ class ModelEntry(_Strict):
 
 
 class Model(ModelEntry):
-    """An entry under its key, with `path` and `port` settled."""
+    """An entry under its key, with `path` and `port` settled: "" and 0 where it has no engine here.
+
+    `number`: its place in the file, whatever else is enabled.
+    """
 
     key: str
+    number: int
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.served_model_names)
-
-    @property
-    def served_here(self) -> bool:
-        """Whether it has an engine of its own; else its endpoints alone serve it."""
-        return bool(self.path)
 
 
 class RouterSettings(_Strict):
