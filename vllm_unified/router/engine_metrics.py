@@ -14,11 +14,12 @@ UP = "vllm_unified_engine_scrape_up"
 _NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
 _LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*\s*=\s*"(?:[^"\\]|\\.)*"'
 _NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|[iI]nf|NaN)"
-_COMMENT = re.compile(rf"# (HELP|TYPE) ({_NAME}) (.*)")
+_TYPES = "counter|gauge|histogram|summary|untyped"
+_COMMENT = re.compile(rf"# (HELP|TYPE(?= \S+ (?:{_TYPES})$)) ({_NAME}) (.*)")
 _SAMPLE = re.compile(
     rf"({_NAME})\s*(?:\{{\s*((?:{_LABEL}\s*(?:,\s*{_LABEL}\s*)*,?)?)\s*\}})?\s+({_NUMBER}(?:\s+-?\d+)?)\s*"
 )
-_OURS = re.compile(r"(^|,)\s*(model_key|replica)\s*=")
+_OURS = re.compile(r"(^|,)\s*(model_key|replica)(?=\s*=\s*\")")
 _PARTS = {"histogram": ("_bucket", "_count", "_sum"), "summary": ("_count", "_sum")}
 
 # Replica, path, seconds → status and body.
@@ -54,18 +55,21 @@ async def merged(registry: Registry, fetch: Fetch) -> bytes:
 def sd_document(registry: Registry, router_address: str) -> list[dict[str, Any]]:
     """What Prometheus' `http_sd_configs` reads. `router_address`: host:port."""
     engines = [
-        {
-            "targets": [
-                f"[{replica.host}]:{replica.port}" if ":" in replica.host else f"{replica.host}:{replica.port}"
-            ],
-            "labels": {"model_key": served.model.key, "model": served.model.name, "type": served.model.type},
-        }
+        _target(
+            f"[{replica.host}]:{replica.port}" if ":" in replica.host else f"{replica.host}:{replica.port}",
+            model_key=served.model.key,
+            model=served.model.name,
+            type=served.model.type,
+        )
         for served in registry.served
         for replica in served.replicas
         if replica.local
     ]
-    targets = [*engines, {"targets": [router_address], "labels": {"type": "router"}}]
-    return [{**each, "labels": {**each["labels"], "__metrics_path__": "/metrics"}} for each in targets]
+    return [*engines, _target(router_address, type="router")]
+
+
+def _target(address: str, **labels: str) -> dict[str, Any]:
+    return {"targets": [address], "labels": {**labels, "__metrics_path__": "/metrics"}}
 
 
 async def _text_of(replica: Replica, fetch: Fetch) -> str | None:
@@ -88,7 +92,7 @@ def _take(families: dict[str, _Family], text: str, labels: str) -> None:
                 types[name] = said
         elif sample := _SAMPLE.fullmatch(line):
             name, own, value = sample.groups()
-            own = _OURS.sub(r"\1exported_\2=", own) if own else ""
+            own = _OURS.sub(r"\1exported_\2", own) if own else ""
             joined = f"{labels},{own}" if own else labels
             families.setdefault(_family_of(name, types), _Family()).samples.append(f"{name}{{{joined}}} {value}")
 
