@@ -124,13 +124,13 @@ class Exchange:
 
     def start(self) -> None:
         """Everything up to the first try, without waiting where nothing has to be waited for."""
-        self._forwarding.exchanges.add(self)
         try:
             served = self._prepare()
             self._key.enter(self.record.started)
         except RequestError as error:
             self._refuse(error, entered=False)
             return
+        self._forwarding.exchanges.add(self)
         self._served = served
         if served.model.wait_for_ready and not served.ready:
             self._later(self._enter_when_ready(served))
@@ -235,7 +235,14 @@ class Exchange:
         self._send(connection, replica)
 
     def _send(self, connection: UpstreamConnection, replica: Replica) -> None:
-        body = self._body_for(replica)
+        try:
+            body = self._body_for(replica)
+        except RequestError as error:
+            connection.close()
+            self._release_replica()
+            replica.breaker.forget()
+            self._refuse(error)
+            return
         if not self._forwarded:
             self._forwarded = self._forwarded_headers()
         request = self.request
@@ -420,8 +427,7 @@ class Exchange:
             self._adapted = None
         elif kind.startswith(b"text/event-stream"):
             self._tokens = StreamTokens(hide=self._hide_usage)
-            if self._hide_usage:
-                length = None
+            length = None  # of ours there may be less or more: hidden events, comments, an error at the end
         elif kind.startswith(b"application/json"):
             self._tokens = AnswerTokens()
         if self._adapted is not None:
@@ -431,7 +437,7 @@ class Exchange:
             answered.append((b"content-length", str(length).encode("ascii")))
         elif self.request.version == "1.0":
             self.request.keep_alive = False
-        elif status != 204:
+        elif status not in (204, 304):
             self._chunked = True
             answered.append((b"transfer-encoding", b"chunked"))
         self._head = self.client.head(status, answered)
@@ -476,9 +482,14 @@ class Exchange:
         client = self.client
         if self._adapted is not None:
             adapted = self._adapted
+            try:
+                body = adapted.body()
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                self._break_off(f"answered something that is no ranking: {error!r}")
+                return
             self._release_replica()
             self._finish()
-            client.answer(record.status, adapted.head, adapted.body())
+            client.answer(record.status, adapted.head, body)
             return
         last = b"0\r\n\r\n" if self._chunked else b""
         if self._head is not None:
@@ -530,11 +541,14 @@ class Exchange:
             self._write(tokens.end() + error.event())
             if self._chunked:
                 client.write(b"0\r\n\r\n")
+        unsent = not isinstance(tokens, StreamTokens) and (self._adapted is not None or self._head is not None)
+        if unsent:
+            self.record.status = error.status
         self._release_replica()
         self._finish()
         if isinstance(tokens, StreamTokens):
             client.done()
-        elif self._adapted is not None or self._head is not None:  # nothing went out yet
+        elif unsent:
             client.answer(error.status, [*error.wire_headers(), (b"x-request-id", self.request_id)], error.body())
         else:
             client.abort()

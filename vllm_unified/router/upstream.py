@@ -9,6 +9,7 @@ import httptools
 from vllm_unified.router.replica import IDLE_SECONDS, Replica
 
 LONGEST_HEAD = 64 * 1024
+WITHOUT_BODY = frozenset({204, 304})  # whatever their heads say
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -131,7 +132,12 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._head_size = -1
         length: int | None = None
-        self._until_close = status not in (204, 304)
+        if status in WITHOUT_BODY:
+            self._ended, self._reusable = True, False
+            if self._receiver is not None:
+                self._receiver.answer_began(status, self._headers, length=None)
+            return
+        self._until_close = True
         for name, value in self._headers:
             if name == b"content-length":
                 length = int(value)
@@ -142,7 +148,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._receiver.answer_began(status, self._headers, length=length)
 
     def on_body(self, data: bytes) -> None:
-        if self._receiver is not None:
+        if self._receiver is not None and not self._ended:
             self._receiver.answer_came(data)
 
     def on_message_complete(self) -> None:
@@ -157,7 +163,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.used += 1
         transport = self._transport
         if transport is not None and not transport.is_closing():
-            if self._reusable:
+            # What a server does with the rest of a request that it answered already, nobody knows.
+            if self._reusable and not transport.get_write_buffer_size():
                 self.idle_since = time.monotonic()
                 if self._paused:
                     self.resume_reading()
