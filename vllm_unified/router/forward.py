@@ -537,8 +537,9 @@ class Exchange:
         error = self._engine_error(what)
         error.shape = self._route.errors
         if isinstance(tokens, StreamTokens):
+            before = tokens.broken_off()
             self.record.prompt_tokens, self.record.completion_tokens = tokens.prompt, tokens.completion
-            self._write(tokens.end() + error.event())
+            self._write(before + error.event())
             if self._chunked:
                 client.write(b"0\r\n\r\n")
         unsent = not isinstance(tokens, StreamTokens) and (self._adapted is not None or self._head is not None)
