@@ -199,12 +199,12 @@ class KeyRing:
         self._take(*self._read())
 
     def _look(self) -> tuple[int, int, int] | None:
-        """Differs after each change of the file; None without one."""
+        """Differs after each change of the file, a chmod that makes it readable among them; None without one."""
         try:
             found = (self._home / FILE).stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_ctime_ns, found.st_size, found.st_ino
 
     def _read(self) -> tuple[tuple[KeyEntry, ...], Mapping[str, int], Mapping[str, int]]:
         """The entries, and by name the tokens of today and of this month."""
