@@ -370,9 +370,9 @@ def test_a_file_in_the_middle_of_being_written_is_not_read(project: Project, usa
             end = time.monotonic() + 2
             while time.monotonic() < end:
                 empty(project)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.13)
                 write(project, line("alice"), f"# {time.monotonic()}")
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.04)
                 seen.add(tuple(key.name for key in ring.keys))
             write(project, line("alice"), line("bob"))
             await soon(knows(ring, "alice", "bob"))

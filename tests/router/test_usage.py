@@ -115,6 +115,8 @@ def test_tokens_since(usage: Usage, path: Path, monkeypatch: pytest.MonkeyPatch)
     assert recorded_tokens(path, date(2026, 11, 1)) == {"alice": 220}
     assert recorded_tokens(path.with_name("none.db"), date(2026, 11, 1)) == {}
     assert not path.with_name("none.db").exists()
+    path.with_name("begun.db").touch()  # by a router that has just begun
+    assert recorded_tokens(path.with_name("begun.db"), date(2026, 11, 1)) == {}
 
 
 def test_exact_while_another_thread_flushes(usage: Usage) -> None:
@@ -126,12 +128,13 @@ def test_exact_while_another_thread_flushes(usage: Usage) -> None:
 
     flushing = threading.Thread(target=flush_for_ever)
     flushing.start()
-    for count in range(1, 501):
-        note(usage, f"key-{count % 7}")
-        if count % 5 == 0:
+    try:
+        for count in range(1, 501):
+            note(usage, f"key-{count % 7}")
             assert requests(usage) == count
-    done.set()
-    flushing.join()
+    finally:
+        done.set()
+        flushing.join()
     assert requests(usage) == 500
 
 
@@ -202,6 +205,29 @@ def test_a_broken_file_is_moved_aside(path: Path, intact: int, caplog: pytest.Lo
     (aside,) = path.parent.glob("usage.db.broken-*Z")
     assert aside.read_bytes() == broken
     assert f"moved to {aside.name}, a new one begins" in caplog.text
+
+
+def test_the_log_of_a_broken_file_is_moved_with_it(path: Path) -> None:
+    """Another process has the file open, so its log stays; what stands there must not reach the new file."""
+    other = Usage(path)
+    for number in range(2000):
+        note(other, f"key-{number}")
+    other.flush()
+    checkpointing = sqlite3.connect(path)
+    checkpointing.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    checkpointing.close()
+    note(other, "key-1000")
+    other.flush()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"nonsense" * ((path.stat().st_size - 4096) // 8))
+    usage = Usage(path)
+    note(usage)
+    assert [row["key"] for row in usage.rows(LONG_AGO, FAR)] == ["alice"]
+    usage.close()
+    assert len(list(path.parent.glob("usage.db.broken-*-wal"))) == 1
+    assert recorded_tokens(path, LONG_AGO) == {"alice": 15}
+    other.close()
 
 
 WRITER = """

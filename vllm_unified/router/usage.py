@@ -217,7 +217,8 @@ def recorded_tokens(path: Path, day: date) -> dict[str, int]:
         return {}
     connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=LOCKED_SECONDS)
     try:
-        return _tokens_since(connection, day)
+        is_made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'usage'").fetchone()
+        return _tokens_since(connection, day) if is_made else {}
     finally:
         connection.close()
 
