@@ -34,14 +34,14 @@ class _Family:
         self.samples: list[str] = []
 
 
-async def merged(registry: Registry, fetch: Fetch) -> bytes:
+async def merged(registry: Registry, fetch: Fetch, seconds: float = SECONDS) -> bytes:
     """Every sample of every local engine, with the labels `model_key` and `replica` before its own.
 
     Prometheus wants all lines of a metric together, so those of the engines are put in one place. An engine that
-    does not answer within 5 s has `vllm_unified_engine_scrape_up` 0 and nothing else.
+    does not answer within `seconds` has `vllm_unified_engine_scrape_up` 0 and nothing else.
     """
     local = [(served.model.key, each) for served in registry.served for each in served.replicas if each.local]
-    texts = await asyncio.gather(*(_text_of(replica, fetch) for _, replica in local))
+    texts = await asyncio.gather(*(_text_of(replica, fetch, seconds) for _, replica in local))
     families: dict[str, _Family] = {UP: _Family()}
     families[UP].comments = {"HELP": "1 when the engine told its metrics", "TYPE": "gauge"}
     for (key, replica), text in zip(local, texts, strict=True):
@@ -72,10 +72,10 @@ def _target(address: str, **labels: str) -> dict[str, Any]:
     return {"targets": [address], "labels": {**labels, "__metrics_path__": "/metrics"}}
 
 
-async def _text_of(replica: Replica, fetch: Fetch) -> str | None:
+async def _text_of(replica: Replica, fetch: Fetch, seconds: float) -> str | None:
     try:
-        async with asyncio.timeout(SECONDS):
-            status, body = await fetch(replica, "/metrics", SECONDS)
+        async with asyncio.timeout(seconds):
+            status, body = await fetch(replica, "/metrics", seconds)
     except Exception:  # whatever is wrong with one engine, the others are told
         return None
     return body.decode("utf-8", "replace") if status == 200 else None
