@@ -163,6 +163,9 @@ def test_a_broken_engine_costs_only_its_own_metrics(registry: Registry, broken: 
         "# TYPE vllm:a something",
         "# EOF",
         "\x00\x01 1",
+        "a{" + 'x="1",' * 20_000 + "} 1x",
+        'a{x="' + r"\"" * 20_000,
+        "a" + " " * 20_000,
     ],
 )
 def test_rubbish_is_left_out(registry: Registry, rubbish: str) -> None:
