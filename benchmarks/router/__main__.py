@@ -80,17 +80,27 @@ def memory(programs: Programs, sizes: Sizes) -> list[dict[str, float]]:
 
 
 def compare(programs: Programs, names: Sequence[str], count: int, sizes: Sizes) -> dict[str, Any]:
+    """One that fails is left out of all rounds, and of the tables."""
     rounds: list[dict[str, Figures]] = []
     varied: list[dict[str, Figures]] = []
+    failed: dict[str, str] = {}
     for number in range(1, count + 1):
         rounds.append({})
         for name in names:
+            if name in failed:
+                continue
             say(f"round {number} of {count}: {name}")
-            rounds[-1][name] = one(programs, name, sizes)
-        if "ours" in names:
+            try:
+                rounds[-1][name] = one(programs, name, sizes)
+            except BenchmarkError as error:
+                failed[name] = str(error)
+                say(f"left out: {error}")
+        if "ours" in names and "ours" not in failed:
             say(f"round {number} of {count}: ours with {', '.join(VARIANTS)}")
             varied.append(variants(programs, sizes))
-    return {"machine": machine(), "versions": versions(names), "rounds": rounds, "variants": varied}
+    complete = [{name: each[name] for name in each if name not in failed} for each in rounds]
+    found = {"rounds": complete, "variants": varied, "failed": failed}
+    return {"machine": machine(), "versions": versions(names), **found}
 
 
 def machine() -> dict[str, Any]:
