@@ -157,6 +157,8 @@ def main() -> None:
                 versions(options.only)  # all of them are there
                 measured = compare(programs, options.only, options.rounds, sizes)
                 print(report.tables(measured))
+        if options.quick:
+            say("--quick: sizes are smaller than the columns say, and the figures mean nothing")
     except BenchmarkError as error:
         sys.exit(f"benchmarks.router: {error}")
     except KeyboardInterrupt:
