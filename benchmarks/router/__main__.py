@@ -6,6 +6,7 @@ on the machine.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -26,6 +27,8 @@ from benchmarks.router.programs import BenchmarkError, Programs, Server, compile
 ENGINE = "engine itself"
 ENGINE_PORTS = 64
 OPEN_FILES = 16384
+# Requests that clients send in turn, where models or keys are many.
+DISTINCT = 64
 # Of ours alone: name → models, keys.
 VARIANTS = {"4 models": (4, 1), "64 models": (64, 1), "10,000 keys": (4, 10_000)}
 
@@ -64,9 +67,13 @@ def _variant(programs: Programs, model_count: int, key_count: int, sizes: Sizes)
     with engine(programs) as (ports, _), _folder() as folder:
         command = gateways.ours(folder, ports, models, key_count)
         with gateways.running(command, folder, models) as gateway:
-            if key_count > 1 and gateway.key == API_KEY:
-                return {}  # this router reads no keys.yaml
-            wire = [requests.chat(gateway.key, model) for model in models]
+            clients = [gateways.client_key(number) for number in range(min(key_count, DISTINCT))]
+            if gateway.key == API_KEY:  # this router reads no keys.yaml
+                if key_count > 1:
+                    return {}
+                clients = [API_KEY]
+            pairs = itertools.islice(zip(itertools.cycle(clients), itertools.cycle(models), strict=True), DISTINCT)
+            wire = [requests.chat(key, model) for key, model in pairs]
             return measures.rate(Clients(programs.load, gateway.port), wire, sizes)
 
 
