@@ -16,8 +16,11 @@ usage: ./deploy.sh VERB [options]
                                   --demo: four small models that need neither a GPU nor a download of weights
                                   --timeout: give up waiting after S seconds (default 1800); the models go on
                                   --native: in a virtual environment on this machine (the only way so far)
-  stop                            end all; requests in flight are finished first
+  start MODEL                     one model, after it was stopped
+  stop [MODEL]                    end all, or one model; requests in flight are finished first
   restart [MODEL]                 all of it, or one model
+  reload [--json]                 take up what changed in the configuration while all goes on, and say what needs a
+                                  restart
   status [--json | --watch]       what runs; exit code 0 when all is ready, 3 when not
   logs [MODEL] [--follow] [--lines N]
                                   what a model (or router) wrote last; without MODEL, all
@@ -33,6 +36,7 @@ examples:
   ./deploy.sh start               the models of config/models.json
   ./deploy.sh logs chat --follow
   ./deploy.sh restart embedding
+  ./deploy.sh reload              after a change of config/models.json
 EOF
 }
 
@@ -40,7 +44,7 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | status | logs | health | check | plan | clean) "verb_$verb" "$@" ;;
+    start | stop | restart | reload | status | logs | health | check | plan | clean) "verb_$verb" "$@" ;;
     help | -h | --help) usage ;;
     *)
       usage >&2
@@ -50,6 +54,10 @@ main() {
 }
 
 verb_start() {
+  if (($# == 1)) && [[ $1 != -* ]]; then
+    start_one "$1"
+    return
+  fi
   local config=config/models.json timeout=1800
   while (($#)); do
     case $1 in
@@ -86,8 +94,15 @@ verb_start() {
 }
 
 verb_stop() {
-  (($# == 0)) || wrong_usage "$1"
-  stop
+  (($# <= 1)) || wrong_usage "$2"
+  if (($# == 0)); then
+    stop
+    return
+  fi
+  lock_running
+  known_model "$1"
+  supervisorctl stop "engines:$1" >/dev/null
+  say "stopped $1; ./deploy.sh start $1 starts it again"
 }
 
 stop() {
@@ -103,8 +118,8 @@ stop() {
 
 verb_restart() {
   (($# <= 1)) || wrong_usage "$2"
-  is_running || die "not running; start it with ./deploy.sh start"
   if (($# == 0)); then
+    must_run
     local config
     config=$(<"$(home)/run/config")
     cli --config "$config" check --machine
@@ -112,12 +127,18 @@ verb_restart() {
     if is_demo "$config"; then verb_start --demo; else verb_start; fi
     return
   fi
-  lock
+  lock_running
   known_model "$1"
-  cli --config "$(<"$(home)/run/config")" check
+  must_be_enabled "$1"
   say "restarting $1"
   supervisorctl restart "engines:$1" >/dev/null
-  cli wait
+  cli wait "$1"
+}
+
+verb_reload() {
+  installed
+  lock
+  cli reload "$@"
 }
 
 verb_status() {
@@ -207,15 +228,18 @@ already_running() { # CONFIG TIMEOUT
   fi
 }
 
+start_one() { # MODEL
+  lock_running
+  known_model "$1"
+  must_be_enabled "$1"
+  supervisorctl start "engines:$1" >/dev/null
+  cli wait "$1"
+}
+
 # Everything that can be known before anything large is installed or started.
 pre_flight() { # CONFIG
   say "Pre-flight. Nothing is started yet."
   [[ $(uname -s) == Linux ]] || die "runs on Linux; this is $(uname -s)"
-  if needs_vllm "$1" && ! is_installed vllm "$(runtime_wanted)"; then
-    local free
-    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
-    ((free >= INSTALL_GB)) || die "the installation needs $INSTALL_GB GB in $PWD, $free GB are free"
-  fi
   install_package
   local except=()
   is_demo "$1" && except=(--except-weights)
@@ -223,15 +247,22 @@ pre_flight() { # CONFIG
     is_demo "$1" || say "To see it work without a GPU and without weights: ./deploy.sh start --demo" >&2
     exit 1
   fi
+  if needs_vllm "$1" && ! is_installed vllm "$(runtime_wanted)"; then
+    local free
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+    ((free >= INSTALL_GB)) || die "the installation needs $INSTALL_GB GB in $PWD, $free GB are free"
+  fi
   cli --config "$1" plan
 }
 
 is_demo() { [[ $1 == *.demo.json ]]; } # CONFIG
 
-# Not where .env names another program; the demonstration's models are made with it in any case.
+# Not where .env names another program, or all is served elsewhere; the demonstration's models are made with it in any
+# case.
 needs_vllm() { # CONFIG
   is_demo "$1" || {
-    [[ -z ${VLLM_UNIFIED_ENGINE_PROGRAM:-} ]] && ! grep -qs '^VLLM_UNIFIED_ENGINE_PROGRAM=.' "$(home)/.env"
+    [[ -z ${VLLM_UNIFIED_ENGINE_PROGRAM:-} ]] && ! grep -qs '^VLLM_UNIFIED_ENGINE_PROGRAM=.' "$(home)/.env" &&
+      [[ -n $(cli --config "$1" engines) ]]
   }
 }
 
@@ -269,6 +300,11 @@ interrupted() {
 # --- the running deployment ---
 
 supervisorctl() { "$VENV/bin/supervisorctl" -c "$(home)/run/supervisord.conf" "$@"; }
+must_run() { is_running || die "not running; start it with ./deploy.sh start"; }
+lock_running() {
+  must_run
+  lock
+}
 is_running() { [[ -S $(home)/run/supervisor.sock ]] && supervisorctl pid >/dev/null 2>&1; }
 
 stop_all() {
@@ -305,6 +341,11 @@ unlock() { exec 9<&-; }
 
 installed() { [[ -x $VENV/bin/vllm-unified ]] || die "not installed yet; ./deploy.sh start does it"; }
 known_model() { supervisorctl status "engines:$1" >/dev/null || (($? == 3)) || die "no model \"$1\" runs here; see ./deploy.sh status"; }
+must_be_enabled() { # MODEL
+  local keys
+  keys=$(cli --config "$(<"$(home)/run/config")" engines)
+  [[ $'\n'$keys$'\n' == *$'\n'"$1"$'\n'* ]] || die "\"$1\" is not enabled; enable it in the configuration, and ./deploy.sh reload"
+}
 log_names() { find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
 wrong_usage() {
   printf 'deploy.sh: what is "%s"?\n\n' "$1" >&2

@@ -33,7 +33,7 @@ def alone() -> dict[str, float]:
     with project_folder() as (home, environ):
         settings = load(home / "config" / "models.demo.json", home, environ)
         return {
-            model.key: _server_alone(home, environ, model.key, settings.engine_url(model)) for model in settings.models
+            model.key: _server_alone(home, environ, model.key, settings.engine_url(model)) for model in settings.engines
         }
 
 

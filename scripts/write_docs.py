@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from vllm_unified.settings.environment import OWN_VARIABLES, PORT_VARIABLE, Environment
-from vllm_unified.settings.schema import ModelEntry, ModelsFile, RouterSettings, SystemSettings
+from vllm_unified.settings.schema import Endpoint, ModelEntry, ModelsFile, RouterSettings, SystemSettings
 
 CHECKOUT = Path(__file__).parents[1]
 OLDER_NAMES = {"served_model_names": "aliases", "gpus": "cuda_device"}
@@ -26,6 +26,7 @@ def readme(text: str) -> str:
         (f"`{name}`{f' (or `{OLDER_NAMES[name]}`)' if name in OLDER_NAMES else ''}", str(field.description))
         for name, field in ModelEntry.model_fields.items()
     ]
+    endpoint_fields = [(f"`{name}`", str(field.description)) for name, field in Endpoint.model_fields.items()]
     sections = [
         (f"`{section}.{name}`", f"{field.description} (default {_shown(field.default)})")
         for section, holder in (("router", RouterSettings), ("system", SystemSettings))
@@ -40,6 +41,7 @@ def readme(text: str) -> str:
     variables.append((names, "ports, in place of those of models.json; `VLLM_KEY_PORT` works for any model's key"))
     for mark, head, rows in (
         ("fields", "field", fields),
+        ("endpoints", "field", endpoint_fields),
         ("sections", "field", sections),
         ("variables", "variable", variables),
     ):
@@ -50,8 +52,10 @@ def readme(text: str) -> str:
     return text
 
 
-def _shown(default: bool | float) -> str:
-    return str(default).lower() if isinstance(default, bool) else f"{default:g}"
+def _shown(default: bool | float | list[str]) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return (", ".join(default) or "none") if isinstance(default, list) else f"{default:g}"
 
 
 def main() -> None:

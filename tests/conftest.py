@@ -18,6 +18,7 @@ from vllm_unified.settings import Settings, load
 CHECKOUT = Path(__file__).parents[1]
 FAKE_ENGINE = f"{sys.executable} {CHECKOUT / 'tests' / 'fake_engine.py'}"
 TOPOLOGIES = CHECKOUT / "tests" / "topologies"
+AUTHORITY = CHECKOUT / "tests" / "settings" / "authority.pem"  # a certificate, in force until 2126
 API_KEY = "sk-of-the-tests"
 
 

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "router": BASE | {"settings"},
     "machine": BASE | {"settings", "engines"},
     "console": BASE | {"settings", "engines", "supervision"},
-    "cli": BASE | {"settings", "engines", "supervision", "router", "machine", "console"},
+    "operations": BASE | {"settings", "engines", "supervision"},
+    "cli": BASE | {"settings", "engines", "supervision", "router", "machine", "console", "operations"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -63,6 +64,6 @@ def test_light_rooms_stay_light(module: str) -> None:
     """`check`, `plan` and `show` answer in a blink, and a keeper costs little memory."""
     program = f"import sys, vllm_unified.{module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert {"fastapi", "starlette", "uvicorn", "aiohttp", "vllm", "torch"}.isdisjoint(loaded)
+    assert {"fastapi", "starlette", "uvloop", "httptools", "vllm", "torch"}.isdisjoint(loaded)
     if module == "engines.keeper":  # one beside every engine, for months
         assert {"pydantic", "click", "yaml", "dotenv", "rich"}.isdisjoint(loaded)

@@ -205,6 +205,59 @@ def test_config_may_stand_before_the_command_and_behind_it(small: Project) -> No
     assert run(small, "check").returncode == 1
 
 
+FAR = {"name": "far", "type": "embedding", "endpoints": ["http://gpu-2:8000", "http://gpu-3:8000"]}
+
+
+def test_where_nothing_is_served_here(project: Project) -> None:
+    project.write({"far": FAR}, router={"port": free_port()})
+    key = {"VLLM_API_KEY": API_KEY}
+    assert run(project, "check", "--machine").stdout == "config/models.json: 1 model, nothing wrong\n"
+    said = "config/models.json: nothing is served on this machine, all by endpoints\n"
+    assert run(project, "plan").stdout == said
+    assert json.loads(run(project, "plan", "--json").stdout) == {"devices": [], "models": {}, "order": []}
+    assert run(project, "engines").stdout == ""
+    assert run(project, "render").returncode == 0
+    assert json.loads((project.home / "run" / "placement.json").read_text()) == {}
+    assert "far  2 endpoints  far\n" in run(project, "welcome", **key).stdout
+    for command in ("show", "engine"):
+        done = run(project, command, "far", **key)
+        assert (done.returncode, done.stderr) == (
+            1,
+            "config/models.json: models.far: no engine here serves it, its endpoints do\n",
+        )
+
+
+def test_remote_and_disabled_models_beside_others(small: Project) -> None:
+    chat = json.loads(small.file.read_text())["models"]["chat"]
+    off = {**chat, "name": "off", "port": 9, "enabled": False}
+    far = {**FAR, "endpoints": [{"url": "http://gpu-2:8000", "api_key": "sk-theirs"}]}
+    small.write({"far": far, "chat": chat, "off": off, "far-off": {**far, "enabled": False}})
+    assert run(small, "check", "--machine").stdout == "config/models.json: 2 models, nothing wrong\n"
+    assert run(small, "engines").stdout == "chat\n"
+    assert list(json.loads(run(small, "plan", "--json").stdout)["models"]) == ["chat"]
+    said = run(small, "status", "--json").stdout
+    models = json.loads(said)["models"]
+    assert {key: each["state"] for key, each in models.items()} == {
+        "chat": "stopped",
+        "far": "remote",
+        "off": "disabled",
+        "far-off": "disabled",
+    }
+    assert (models["far"]["endpoints"], models["far"]["port"]) == (1, None)
+    assert "sk-theirs" not in said
+    assert run(small, "show", "off").stderr == (
+        "config/models.json: models.off is disabled; enable it, and ./deploy.sh reload\n"
+    )
+
+
+def test_reload_of_what_does_not_run(small: Project) -> None:
+    done = run(small, "reload")
+    assert (done.returncode, done.stderr) == (3, "not running; start it with ./deploy.sh start\n")
+    small.write({})
+    done = run(small, "reload")
+    assert (done.returncode, done.stderr) == (1, "config/models.json: models: at least one is needed\n")
+
+
 def test_help_has_examples() -> None:
     done = subprocess.run([sys.executable, "-m", "vllm_unified", "--help"], capture_output=True, text=True, check=True)
     assert "vllm-unified check --machine" in done.stdout

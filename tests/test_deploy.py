@@ -278,7 +278,9 @@ def test_refused_before_anything_is_started(deployed: Deployed) -> None:
         (["start", "--nonsense"], 2, 'what is "--nonsense"?'),
         (["start", "--timeout", "soon"], 1, "--timeout wants a number of seconds"),
         (["start", "--docker"], 1, "running in Docker is not there yet"),
-        (["stop", "now"], 2, 'what is "now"?'),
+        (["stop", "chat", "now"], 2, 'what is "now"?'),
+        (["stop", "chat"], 1, "not running; start it with ./deploy.sh start"),
+        (["start", "chat"], 1, "not running; start it with ./deploy.sh start"),
         (["clean"], 1, "say --force where nobody can answer"),
     ],
 )

@@ -1,9 +1,14 @@
 """The command line: prints one line and exits with 1 on a user's error."""
 
+import json
 import os
+import sqlite3
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,9 @@ from vllm_unified.state import EngineState, Phase
 
 DEFAULT_CONFIG = "config/models.json"
 NOT_RUNNING = 3
+# Beyond what requests in flight are given: for engines to end and keepers to start.
+RELOAD_SECONDS = 120
+MOVED_ROUTER = "where its port, address or key was changed, ./deploy.sh restart takes that up"
 
 
 def main() -> None:
@@ -116,7 +124,10 @@ def cli() -> None:
 @click.pass_obj
 def check(project: Project, machine: bool, except_weights: bool) -> None:
     """Check the configuration, and say everything that is wrong with it."""
+    from vllm_unified.settings.keys import read_keys
+
     settings = project.settings()
+    read_keys(project.home)
     if machine:
         from vllm_unified.machine import problems_of_machine
         from vllm_unified.supervision.ask import programs
@@ -138,7 +149,7 @@ def show(project: Project, name: str) -> None:
     from vllm_unified.engines.placement import place_now
 
     settings = project.settings()
-    model = _model(settings, name)
+    model = _engine(settings, name)
     placed = place_now(settings, model).of(model.key)
     click.echo(engine_command(settings, placed).shown(settings))
 
@@ -153,9 +164,12 @@ def plan(project: Project, as_json: bool) -> None:
 
     from vllm_unified.console import plan_json, plan_table, print_json
 
-    planned = _planned(project.settings())
+    settings = project.settings()
+    planned = _planned(settings)
     if as_json:
         print_json(plan_json(planned))
+    elif not planned.placed:
+        click.echo(f"{settings.shown_file}: nothing is served on this machine, all by endpoints")
     else:
         Console(soft_wrap=True).print(plan_table(planned))
 
@@ -169,12 +183,20 @@ def render(project: Project) -> None:
 
     settings = project.settings()
     text = supervisord_conf(settings)
-    placement = placement_text(_planned(settings))
+    placement = placement_text(_planned(settings).places)
     (settings.run / "logs").mkdir(parents=True, exist_ok=True)
     (settings.run / "supervisord.conf").write_text(text, encoding="utf-8")
     (settings.run / "placement.json").write_text(placement, encoding="utf-8")
     (settings.run / "config").write_text(f"{settings.file}\n", encoding="utf-8")
     click.echo(f"wrote {settings.run / 'supervisord.conf'}")
+
+
+@cli.command()
+@click.pass_obj
+def engines(project: Project) -> None:
+    """Print the keys of the models that are served on this machine, one a line."""
+    for model in project.settings().engines:
+        click.echo(model.key)
 
 
 @cli.command()
@@ -197,7 +219,7 @@ def engine(project: Project, name: str) -> None:
     _end_with_supervisord()
     try:
         settings = project.settings()
-        orders = orders_for(settings, _model(settings, name), project.environ)
+        orders = orders_for(settings, _engine(settings, name), project.environ)
     except UserError as error:
         if _under_supervisord():  # which gave us the name that it was rendered with
             _say_why_there_is_no_keeper(project.home / "run", name, str(error))
@@ -209,21 +231,15 @@ def engine(project: Project, name: str) -> None:
 @click.pass_obj
 def router(project: Project) -> None:
     """Serve the router, until SIGTERM. supervisord runs this."""
-    import uvicorn
-
+    from vllm_unified.operations import Operations
     from vllm_unified.router.app import create_app
+    from vllm_unified.router.serving import Router, run
 
     _end_with_supervisord()
     settings = project.settings()
-    uvicorn.run(
-        create_app(settings),
-        host=settings.environment.router_host,
-        port=settings.router.port,
-        access_log=False,
-        server_header=False,
-        http="h11",  # it bounds the size of headers, which httptools does not
-        timeout_graceful_shutdown=round(settings.system.drain_timeout),
-    )
+    serving = Router(settings)
+    serving.app = create_app(serving, Operations(settings.file, settings.home, project.environ))
+    run(serving)
 
 
 @cli.command()
@@ -264,17 +280,59 @@ def health(project: Project) -> None:
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
+@click.option("--restarted", hidden=True, metavar="KEY", help="An engine that was started with the new file already.")
+@click.pass_obj
+def reload(project: Project, as_json: bool, restarted: str | None) -> None:
+    """Let the running deployment take up what changed in the configuration, and say what waits for a restart."""
+    from vllm_unified.console import print_json, reload_text
+    from vllm_unified.supervision.ask import programs
+
+    settings = project.running_settings()
+    if programs(settings.run) is None:
+        click.echo("not running; start it with ./deploy.sh start", err=True)
+        sys.exit(NOT_RUNNING)
+    api_key = settings.require_api_key()
+    url = f"{settings.router_url}/admin/reload"
+    patience = settings.system.drain_timeout + RELOAD_SECONDS
+    try:
+        code, said = loopback.post(url, {"restarted": [restarted] if restarted else []}, api_key, patience)
+    except OSError as error:
+        raise UserError(f"{url}: {error}; {MOVED_ROUTER}") from None
+    if code != HTTPStatus.OK:
+        raise UserError(_refusal(code, said))
+    document = json.loads(said)
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(reload_text(document))
+
+
+def _refusal(code: int, said: str) -> str:
+    """The router's own words, and what to do where they are of a key that is not the one it was started with."""
+    if code == HTTPStatus.UNAUTHORIZED:
+        return f"the router refuses the key; {MOVED_ROUTER}"
+    try:
+        return str(json.loads(said)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the router answers {code}: {said[:200]}"
+
+
+@cli.command()
+@click.argument("name", required=False)
 @click.option("--timeout", type=click.FloatRange(min=1), default=1800.0, show_default=True, help="Seconds.")
 @click.pass_obj
-def wait(project: Project, timeout: float) -> None:
-    """Show the models' progress until every required one is ready."""
+def wait(project: Project, name: str | None, timeout: float) -> None:
+    """Show the models' progress until every required one is ready, or the one of NAME."""
     from vllm_unified.console import wait_until_ready
     from vllm_unified.supervision.ask import programs
 
     settings = project.running_settings()
+    if name:
+        settings = replace(settings, models=(_engine(settings, name).model_copy(update={"required": True}),))
     deadline = time.monotonic() + timeout
     failure = wait_until_ready(settings, timeout, is_running=lambda: programs(settings.run) is not None)
-    if failure is None:
+    if failure is None and not name:
         failure = _wait_for_router(settings, deadline)
     if failure:
         raise UserError(f"not ready: {failure}")
@@ -303,6 +361,100 @@ def welcome(project: Project) -> None:
     click.echo(welcome_text(project.running_settings()))
 
 
+@cli.group(cls=_Group)
+def keys() -> None:
+    """API keys beside the deployment's own, in config/keys.yaml; the router takes up a change within a second.
+
+    \b
+    vllm-unified keys create alice --model chat --requests-per-minute 60
+    vllm-unified keys list
+    vllm-unified keys revoke alice
+    """
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--model", "models", multiple=True, metavar="M", help="A model that it may use; say it again for more.")
+@click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N")
+@click.option("--tokens-per-minute", type=click.IntRange(min=1), metavar="N")
+@click.option("--max-concurrent", type=click.IntRange(min=1), metavar="N", help="Requests at the same time.")
+@click.option("--tokens-per-day", type=click.IntRange(min=1), metavar="N", help="Days of UTC.")
+@click.option("--tokens-per-month", type=click.IntRange(min=1), metavar="N", help="Calendar months of UTC.")
+@click.option("--expires", metavar="DATE", help="Its last day (UTC), as 2026-12-31, or moment: 2026-12-31T18:00:00Z.")
+@click.option("--priority", type=int, metavar="N", help="Where requests wait the highest goes first (default 0).")
+@click.option("--admin", is_flag=True, help="It sees the usage of every key.")
+@click.pass_obj
+def create(project: Project, /, name: str, models: tuple[str, ...], **given: Any) -> None:
+    """Make a key for NAME and print its value, once. Without options it may use everything.
+
+    \b
+    vllm-unified keys create alice
+    vllm-unified keys create bob --model chat --tokens-per-day 1000000 --expires 2026-12-31
+    KEY=$(vllm-unified keys create nightly-indexer --model embedding --priority -10)
+    """
+    from vllm_unified.settings.keys import add_key, new_key
+
+    if models:
+        _require_models(project.settings(), models)
+    value, hashed = new_key()
+    said = {field: what for field, what in given.items() if what not in (None, False)}
+    fields = {"name": name, "hash": hashed, **({"models": list(models)} if models else {}), **said}
+    add_key(project.home, {**fields, "created": datetime.now(UTC).replace(microsecond=0)})
+    click.echo("keep it now: it is stored nowhere, only its hash is", err=True)
+    click.echo(value)
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
+@click.pass_obj
+def list_(project: Project, as_json: bool) -> None:
+    """Show the keys: models, limits, expiry, and the tokens of today and of this month (UTC).
+
+    \b
+    vllm-unified keys list
+    vllm-unified keys list --json
+    """
+    from rich.console import Console
+
+    from vllm_unified.console import keys_json, keys_table, print_json
+    from vllm_unified.router.usage import recorded_tokens
+    from vllm_unified.settings.keys import read_keys
+
+    entries = read_keys(project.home)
+    now = datetime.now(UTC)
+    usage = project.home / "data" / "usage.db"
+    try:
+        today, month = (recorded_tokens(usage, day) for day in (now.date(), now.date().replace(day=1)))
+    except sqlite3.Error as error:
+        raise UserError(f"{usage}: {error}") from None
+    if as_json:
+        print_json(keys_json(entries, today, month, now))
+    else:
+        Console(soft_wrap=True).print(keys_table(entries, today, month, now))
+
+
+@keys.command()
+@click.argument("name")
+@click.pass_obj
+def revoke(project: Project, name: str) -> None:
+    """Take the key NAME out of the file. Its requests in flight end, new ones get 401.
+
+    \b
+    vllm-unified keys revoke alice
+    """
+    from vllm_unified.settings.keys import remove_key
+
+    remove_key(project.home, name)
+    click.echo(f"{name} is revoked; a running router takes it up within a second")
+
+
+def _require_models(settings: Settings, names: Sequence[str]) -> None:
+    known = {each for model in settings.models for each in (model.key, *model.names)}
+    for name in names:
+        if name not in known:
+            raise UserError(f'{settings.shown_file}: no model "{name}"; there are {", ".join(sorted(known))}')
+
+
 def _planned(settings: Settings) -> Any:
     from vllm_unified.engines.placement import plan_now
     from vllm_unified.supervision.ask import programs
@@ -314,9 +466,18 @@ def _model(settings: Settings, name: str) -> Model:
     """`name` is a key, or else a name that clients use: what is one model's key may be another's alias."""
     by_name = {each: model for model in settings.models for each in model.names}
     model = settings.model(name) or by_name.get(name)
+    if model is None and name in [disabled.key for disabled in settings.disabled]:
+        raise UserError(f"{settings.shown_file}: models.{name} is disabled; enable it, and ./deploy.sh reload")
     if model is None:
         keys = ", ".join(model.key for model in settings.models)
         raise UserError(f'{settings.shown_file}: no model "{name}"; there are {keys}')
+    return model
+
+
+def _engine(settings: Settings, name: str) -> Model:
+    model = _model(settings, name)
+    if not model.served_here:
+        raise UserError(f"{settings.shown_file}: models.{model.key}: no engine here serves it, its endpoints do")
     return model
 
 

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from vllm_unified.engines.memory import Need
 from vllm_unified.engines.placement import Placed, Plan
 from vllm_unified.engines.usage import Usage, usage_of_all
 from vllm_unified.settings import Kind, Model, Settings
+from vllm_unified.settings.keys import FILE as KEYS_FILE
+from vllm_unified.settings.keys import KeyEntry
 from vllm_unified.state import EngineState, Phase
 from vllm_unified.supervision.ask import programs
 
@@ -126,7 +129,8 @@ class Row:
 
 
 def rows(settings: Settings) -> list[Row]:
-    found = [(model, state.read(settings.run, model.key)) for model in settings.models]
+    """Of the engines on this machine."""
+    found = [(model, state.read(settings.run, model.key)) for model in settings.engines]
     return [Row(model, each, _note(settings, model, each)) for model, each in found]
 
 
@@ -153,8 +157,13 @@ def _log(settings: Settings, model: Model) -> Path:
     return path.relative_to(settings.home)
 
 
-def state_table(found: Sequence[Row], usage: Mapping[str, Usage] | None = None) -> RenderableType:
-    """A line a model, with `usage` also what it holds and does; below it what there is to say of some of them."""
+def state_table(
+    found: Sequence[Row], usage: Mapping[str, Usage] | None = None, others: Sequence[tuple[Model, str]] = ()
+) -> RenderableType:
+    """A line a model, with `usage` also what it holds and does; below it what there is to say of some of them.
+
+    `others`: as in `Status`.
+    """
     more = ("device", "memory", "requests") if usage else ()
     table = Table("model", "port", "state", "for", "restarts", *more, box=None, pad_edge=False)
     for row in found:
@@ -167,11 +176,14 @@ def state_table(found: Sequence[Row], usage: Mapping[str, Usage] | None = None) 
             str(row.state.restarts),
             *(_usage_cells(row.state, usage[row.model.key]) if usage else ()),
         )
+    for model, word in others:
+        table.add_row(model.key, "", f"[dim]{word}[/]")
     for column in table.columns:
         column.no_wrap = True
+    said_of_others = [Text(f"{model.key}: {_endpoints(model)}") for model, word in others if word == "remote"]
     said = [row for row in found if row.note and (row.state.phase is not Phase.READY or row.state.note)]
     # Text, because an engine's own words may look like markup
-    return Group(table, *(Text(f"{row.model.key}: {row.note}") for row in said))
+    return Group(table, *(Text(f"{row.model.key}: {row.note}") for row in said), *said_of_others)
 
 
 def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:
@@ -197,6 +209,12 @@ class Status:
         return cls(settings, router, found, usage_of_all(settings, [row.state for row in found]))
 
     @property
+    def others(self) -> list[tuple[Model, str]]:
+        """The models that have no engine here, or none that is to run, and the word for it."""
+        remote = [(model, "remote") for model in self.settings.models if not model.served_here]
+        return [*remote, *((model, "disabled") for model in self.settings.disabled)]
+
+    @property
     def ready(self) -> bool:
         required = [row.state.phase for row in self.rows if row.model.required]
         return self.router == "running" and all(phase is Phase.READY for phase in required)
@@ -204,7 +222,8 @@ class Status:
     def text(self) -> RenderableType:
         if self.router is None:
             return "not running; start it with ./deploy.sh start"
-        return Group(f"router    {self.settings.router_url}    {self.router}", state_table(self.rows, self.usage))
+        models = state_table(self.rows, self.usage, self.others)
+        return Group(f"router    {self.settings.router_url}    {self.router}", models)
 
     def document(self) -> dict[str, Any]:
         """Stable: fields are added, never renamed. Times are seconds since the epoch, sizes bytes."""
@@ -213,17 +232,27 @@ class Status:
             "config": str(self.settings.file),
             "ready": self.ready,
             "router": {"state": self.router or "stopped", "port": self.settings.router.port},
-            "models": {row.model.key: _document_of(row, self.usage[row.model.key]) for row in self.rows},
+            "models": {
+                **{row.model.key: _document_of(row, self.usage[row.model.key]) for row in self.rows},
+                **{model.key: {**_said_of(model), "state": word} for model, word in self.others},
+            },
         }
+
+
+def _said_of(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "type": model.type,
+        "port": model.port or None,
+        "required": model.required,
+        "endpoints": len(model.endpoints),
+    }
 
 
 def _document_of(row: Row, usage: Usage) -> dict[str, Any]:
     retry_at = row.state.retry_at
     return {
-        "name": row.model.name,
-        "type": row.model.type,
-        "port": row.model.port,
-        "required": row.model.required,
+        **_said_of(row.model),
         "state": row.state.phase,
         "since": state.wall_clock(row.state.since),
         "ready_after": row.state.ready_after,
@@ -314,7 +343,7 @@ def welcome_text(settings: Settings) -> str:
     kind = next(kind for kind in EXAMPLES if kind in names)
     path, body = EXAMPLES[kind]
     width = max(len(model.key) for model in settings.models)
-    own = [f"  {model.key:<{width}}  {settings.engine_url(model)}/v1  {model.name}" for model in settings.models]
+    own = [f"  {model.key:<{width}}  {_where(settings, model)}  {model.name}" for model in settings.models]
     return "\n".join(
         [
             f"All models   {settings.router_url}/v1",
@@ -331,6 +360,85 @@ def welcome_text(settings: Settings) -> str:
             "Next:  ./deploy.sh status   ./deploy.sh logs NAME   ./deploy.sh stop",
         ]
     )
+
+
+def keys_table(
+    entries: Sequence[KeyEntry], today: Mapping[str, int], month: Mapping[str, int], now: datetime
+) -> RenderableType:
+    """`today`, `month`: tokens by the key's name."""
+    if not entries:
+        return Text(f"no keys in {KEYS_FILE}; make one with `vllm-unified keys create NAME`")
+    table = Table("key", "models", "limits", "priority", "expires", "tokens today", "this month", box=None)
+    for entry in entries:
+        table.add_row(
+            f"{entry.name} (admin)" if entry.admin else entry.name,
+            ", ".join(entry.models or ["all"]),
+            "\n".join(_limits(entry)) or "none",
+            str(entry.priority),
+            _expiry(entry, now),
+            f"{today.get(entry.name, 0):,}",
+            f"{month.get(entry.name, 0):,}",
+        )
+    return table
+
+
+def keys_json(
+    entries: Sequence[KeyEntry], today: Mapping[str, int], month: Mapping[str, int], now: datetime
+) -> dict[str, Any]:
+    """Stable: fields are added, never renamed. A limit that does not hold is null; no hashes."""
+    return {
+        "keys": [
+            {
+                **entry.model_dump(mode="json", exclude={"hash"}),
+                "expired": _is_over(entry, now),
+                "tokens_today": today.get(entry.name, 0),
+                "tokens_this_month": month.get(entry.name, 0),
+            }
+            for entry in entries
+        ]
+    }
+
+
+def _limits(entry: KeyEntry) -> list[str]:
+    words = {
+        "requests_per_minute": "requests/min",
+        "tokens_per_minute": "tokens/min",
+        "max_concurrent": "at once",
+        "tokens_per_day": "tokens/day",
+        "tokens_per_month": "tokens/month",
+    }
+    return [f"{limit:,} {unit}" for field, unit in words.items() if (limit := getattr(entry, field)) is not None]
+
+
+def _expiry(entry: KeyEntry, now: datetime) -> Text:
+    if entry.expires is None:
+        return Text("never")
+    over = _is_over(entry, now)
+    return Text(f"{entry.expires:%Y-%m-%d}{', over' if over else ''}", "red" if over else "")
+
+
+def _is_over(entry: KeyEntry, now: datetime) -> bool:
+    return entry.expires is not None and now > entry.expires
+
+
+def _where(settings: Settings, model: Model) -> str:
+    return f"{settings.engine_url(model)}/v1" if model.served_here else _endpoints(model)
+
+
+def _endpoints(model: Model) -> str:
+    return f"{len(model.endpoints)} endpoint{'s' if len(model.endpoints) > 1 else ''}"
+
+
+def reload_text(document: Mapping[str, Any]) -> str:
+    """The answer of the router to a reload, a line each; last the commands that take up the rest."""
+    lines = [f"applied   {each}" for each in document["applied"]]
+    lines += [f"started   {each}" for each in document["started"]]
+    lines += [f"stopped   {each}" for each in document["stopped"]]
+    lines += [f"waiting   {each['what']}" for each in document["restart"]]
+    commands = dict.fromkeys(each["command"] for each in document["restart"])
+    if commands:
+        lines.append(f"What is waiting needs a restart: {', '.join(commands)}")
+    return "\n".join(lines) or "nothing has changed"
 
 
 def print_json(value: object) -> None:

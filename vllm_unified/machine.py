@@ -34,7 +34,7 @@ def problems_of_machine(settings: Settings, *, weights: bool, running: bool) -> 
 
 
 def missing_weights(settings: Settings) -> Iterator[Problem]:
-    for model in settings.models:
+    for model in settings.engines:
         folder = settings.folder(model)
         if (folder / "config.json").is_file() or (folder / "params.json").is_file():
             continue
@@ -56,7 +56,7 @@ def _remedy(model: Model, folder: Path) -> str:
 def _taken_ports(settings: Settings) -> Iterator[Problem]:
     environment = settings.environment
     wanted = [(environment.router_host, settings.router.port, "router.port")]
-    wanted += [(environment.engine_host, model.port, f"models.{model.key}.port") for model in settings.models]
+    wanted += [(environment.engine_host, model.port, f"models.{model.key}.port") for model in settings.engines]
     for host, port, place in wanted:
         if taken := port_taken(host, port):
             holder = _holder(port)

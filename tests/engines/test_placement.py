@@ -381,7 +381,7 @@ def test_the_record_is_read_back(project: Project) -> None:
     assert recorded(settings) == {}
     settings.run.mkdir()
     file = settings.run / "placement.json"
-    file.write_text(placement_text(plan(settings, topology("2x80"))))
+    file.write_text(placement_text(plan(settings, topology("2x80")).places))
     assert recorded(settings) == {"a": ("GPU-0", "GPU-1"), "b": ("GPU-0",)}
     for text in ("", "[]", '{"a": 1}'):
         file.write_text(text)

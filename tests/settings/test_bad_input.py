@@ -4,10 +4,15 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Project
+from tests.conftest import AUTHORITY, Project
 from vllm_unified.errors import ConfigError
 
 CHAT = {"name": "a", "type": "chat"}
+SECRET = "sk-of-theirs"
+
+
+def remote(*endpoints: Any, **fields: Any) -> dict[str, Any]:
+    return {"a": {**CHAT, "endpoints": list(endpoints), **fields}}
 
 
 def lines_of(project: Project, environ: dict[str, str] | None = None) -> list[str]:
@@ -105,14 +110,114 @@ def lines_of(project: Project, environ: dict[str, str] | None = None) -> list[st
             {"a-b": CHAT, "a_b": {"name": "b", "type": "ocr"}},
             'config/models.json: models.a_b: is the same as "a-b" but for case and dashes; rename one',
         ),
+        (
+            remote("gpu-2:8000"),
+            'config/models.json: models.a.endpoints.0.url: "gpu-2:8000" is no address of a server; use '
+            "http://HOST:PORT/v1 or https://HOST/v1",
+        ),
+        (
+            remote(f"http://me:{SECRET}@gpu-2"),
+            "config/models.json: models.a.endpoints.0.url: an address has no user name in it; put the key into api_key",
+        ),
+        (
+            remote({"url": "http://gpu-2", "wieght": 2}),
+            'config/models.json: models.a.endpoints.0: nothing reads "wieght"; did you mean "weight"?',
+        ),
+        (
+            remote({"url": "http://gpu-2", "api_key": f"{SECRET} x"}),
+            "config/models.json: models.a.endpoints.0.api_key: use printable ASCII without spaces; it travels in an "
+            "HTTP header",
+        ),
+        (
+            remote({"url": "http://gpu-2", "api_key": "$THEIR_KEY"}),
+            "config/models.json: models.a.endpoints.0.api_key: the variable THEIR_KEY is not set; set it in .env, as "
+            "THEIR_KEY=KEY",
+        ),
+        (
+            {"a": {**CHAT, "endpoints": {"api_key": SECRET}}},
+            'config/models.json: models.a.endpoints: {"api_key": "…"}: should be a valid list',
+        ),
+        (
+            remote("http://gpu-2/v1", {"url": "http://gpu-2", "weight": 2}),
+            'config/models.json: models.a.endpoints.1.url: "http://gpu-2" stands twice; remove one, or give it a '
+            "larger weight",
+        ),
+        (
+            remote("http://localhost:8000/v1"),
+            'config/models.json: models.a.endpoints.0.url: "http://localhost:8000" is the router itself, so that a '
+            "request would never end; name another",
+        ),
+        (
+            remote({"url": "http://gpu-2", "ca": "ca.pem"}),
+            "config/models.json: models.a.endpoints.0: ca is for an https address; remove it, or write https in url",
+        ),
+        (
+            remote("http://gpu-2", gpus=[0], port=8001),
+            "config/models.json: models.a: its endpoints alone serve it, and port and gpus would be of an engine on "
+            "this machine; remove that, or say in path or repo which weights an engine here serves",
+        ),
     ],
 )
 def test_models_json(project: Project, models: Any, line: str | None) -> None:
     project.write(models)
     lines = lines_of(project)
     assert len(lines) == 1
+    assert SECRET not in lines[0]
     if line is not None:
         assert lines == [line]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "[::1]", "0.0.0.0", "10.1.2.3"])
+def test_no_endpoint_is_the_router_itself(project: Project, host: str) -> None:
+    listening = {"VLLM_ROUTER_HOST": "10.1.2.3", "VLLM_ROUTER_PORT": "9000"}
+    project.write(remote(f"http://{host}:9000"))
+    assert "is the router itself" in lines_of(project, listening)[0]
+    project.write(remote(f"http://{host}:9001", "http://10.1.2.4:9000"))
+    assert len(project.load(listening).models[0].endpoints) == 2
+
+
+def test_the_authority_of_an_endpoint(project: Project) -> None:
+    project.write(remote({"url": "https://gpu-2", "ca": "config/ca.pem"}))
+    file = project.home / "config" / "ca.pem"
+    (line,) = lines_of(project)
+    place = f"config/models.json: models.a.endpoints.0.ca: {file}"
+    remedy = "name the PEM file of the authority"
+    assert line == f"{place}: No such file or directory; {remedy}"
+    file.write_text("-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n")
+    (line,) = lines_of(project)
+    assert line == f"{place}: no certificate in PEM form in it; {remedy}"
+    file.write_bytes(AUTHORITY.read_bytes())
+    assert project.load().models[0].endpoints[0].ca == str(file)
+
+
+def test_the_key_of_an_endpoint_is_taken_from_a_variable_and_shown_nowhere(project: Project) -> None:
+    project.write({**remote({"url": "http://gpu-2", "api_key": "$THEIR_KEY"}), "here": {"name": "h", "type": "ocr"}})
+    (project.home / ".env").write_text(f"THEIR_KEY={SECRET}\nHF_ENDPOINT=https://mirror.example\n")
+    settings = project.load()
+    endpoint = settings.models[0].endpoints[0]
+    assert endpoint.api_key == SECRET
+    assert SECRET not in repr(settings) + settings.models[0].model_dump_json()
+    assert settings.engine_env == {"HF_ENDPOINT": "https://mirror.example"}
+    assert "THEIR_KEY" in settings.own_variables  # those that no engine gets
+    (project.home / ".env").write_text(f"THEIR_KEY='{SECRET} {SECRET}'\n")
+    assert lines_of(project) == [
+        ".env: THEIR_KEY: use printable ASCII without spaces; it travels in an HTTP header",
+    ]
+
+
+def test_a_variable_of_an_endpoint_is_no_typo(project: Project) -> None:
+    (project.home / ".env").write_text(f"VLLM_API_KEYS={SECRET}\n")
+    project.write(remote({"url": "http://gpu-2", "api_key": "$VLLM_API_KEYS"}))
+    assert project.load().models[0].endpoints[0].api_key == SECRET
+
+
+def test_what_counts_only_for_the_enabled_is_not_checked_of_a_disabled_entry(project: Project) -> None:
+    off = {**CHAT, "enabled": False, "endpoints": [{"url": "http://localhost:8000", "api_key": "$UNSET"}]}
+    project.write({"a": CHAT, "b": {**CHAT, "enabled": False}, "c": off})
+    settings = project.load()
+    assert [model.key for model in settings.models] == ["a"]
+    assert [model.key for model in settings.disabled] == ["b", "c"]
+    assert [model.key for model in settings.all_engines] == ["a", "b"]
 
 
 @pytest.mark.parametrize("odd", ["two words", 'quo"te', "se;mi", "ha#sh", "per%cent", "", "../up", "new\nline"])
@@ -161,6 +266,11 @@ def test_vllm_config_yaml(project: Project, text: str, line: str) -> None:
 @pytest.mark.parametrize(
     ("environ", "line"),
     [
+        (
+            {"VLLM_FAR_PORT": "9"},
+            'environment: VLLM_FAR_PORT: its endpoints alone serve "far", so that it has no port here; '
+            "remove the variable",
+        ),
         ({"VLLM_CHAT_PORT": "99999"}, 'environment: VLLM_CHAT_PORT: "99999" is no port; use 1 to 65535'),
         ({"VLLM_ROUTER_PORT": "x"}, None),
         (
@@ -181,7 +291,8 @@ def test_vllm_config_yaml(project: Project, text: str, line: str) -> None:
 )
 def test_environment(project: Project, environ: dict[str, str], line: str | None) -> None:
     ocr = {"type": "ocr"}
-    project.write({"a": CHAT, "b": {**ocr, "name": "b", "port": 1}, "c": {**ocr, "name": "c", "port": 2}})
+    far = {"far": {"name": "far", "type": "ocr", "endpoints": ["http://gpu-2"]}}
+    project.write({"a": CHAT, "b": {**ocr, "name": "b", "port": 1}, "c": {**ocr, "name": "c", "port": 2}, **far})
     lines = lines_of(project, environ)
     assert len(lines) == 1
     assert lines[0].startswith("environment: ")

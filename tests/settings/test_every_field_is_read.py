@@ -6,17 +6,24 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import API_KEY, CHECKOUT, Project
+from tests.conftest import API_KEY, AUTHORITY, CHECKOUT, Project
 from vllm_unified import machine
 from vllm_unified.devices import GIB, Device
 from vllm_unified.engines import placement
 from vllm_unified.engines.command import engine_command
 from vllm_unified.engines.handover import orders_for
 from vllm_unified.engines.orders import Orders
-from vllm_unified.router.app import create_app
+from vllm_unified.router.registry import Registry
 from vllm_unified.settings import Settings, load
 from vllm_unified.settings.environment import OWN_VARIABLES
-from vllm_unified.settings.schema import EngineDefaults, ModelEntry, ModelsFile, RouterSettings, SystemSettings
+from vllm_unified.settings.schema import (
+    Endpoint,
+    EngineDefaults,
+    ModelEntry,
+    ModelsFile,
+    RouterSettings,
+    SystemSettings,
+)
 from vllm_unified.supervision.conf import supervisord_conf
 
 GPUS = [Device(index, "cuda", "test", str(index), 80 * GIB, 80 * GIB) for index in range(4)]
@@ -55,9 +62,17 @@ def patience(settings: Settings) -> float:
     return settings.startup_timeout(settings.models[0])
 
 
-def routed(settings: Settings) -> Any:
-    application = create_app(settings)
-    return [each.kwargs for each in application.user_middleware]
+def of_model(field: str) -> Effect:
+    return lambda settings: getattr(settings.models[0], field)
+
+
+def of_router(field: str) -> Effect:
+    return lambda settings: getattr(settings.router, field)
+
+
+def routed(settings: Settings) -> bytes:
+    """What the router says to an engine in every request."""
+    return Registry(settings).served[0].replicas[0].fixed_headers
 
 
 MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {
@@ -84,6 +99,13 @@ MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {
     "engine_args": ({"max-num-seqs": 3}, command),
     "env": ({"A": "b"}, environment),
     "startup_timeout": (5.0, patience),
+    # From here on seen at work in tests/router.
+    "endpoints": ([{"url": "http://gpu-2:8000", "weight": 2}], of_model("endpoints")),
+    "balancing": ("sticky", of_model("balancing")),
+    "max_concurrent": (4, of_model("max_concurrent")),
+    "max_queue": (7, of_model("max_queue")),
+    "queue_timeout": (5.0, of_model("queue_timeout")),
+    "wait_for_ready": (5.0, of_model("wait_for_ready")),
 }
 
 
@@ -91,6 +113,7 @@ def test_no_field_is_forgotten() -> None:
     assert set(MODEL_FIELDS) == set(ModelEntry.model_fields)
     assert set(ROUTER_FIELDS) == set(RouterSettings.model_fields)
     assert set(SYSTEM_FIELDS) == set(SystemSettings.model_fields)
+    assert set(ENDPOINT_FIELDS) == set(Endpoint.model_fields)
     assert set(VARIABLES) == set(OWN_VARIABLES)
     assert set(ModelsFile.model_fields) == {"schema_file", "models", "router", "system"}
     assert set(EngineDefaults.model_fields) == {*SECTIONS, "env"}
@@ -119,12 +142,15 @@ def test_an_older_name_says_the_same(project: Project, older: str, newer: dict[s
         assert project.load().models == expected
 
 
-# health_check_interval and max_body_mib are seen at work in tests/router.
+# All but port and startup_timeout are seen at work in tests/router.
 ROUTER_FIELDS: dict[str, tuple[Any, Effect]] = {
     "port": (9000, lambda settings: settings.router_url),
-    "health_check_interval": (9.0, lambda settings: settings.router.health_check_interval),
+    "health_check_interval": (9.0, of_router("health_check_interval")),
     "startup_timeout": (7.0, patience),
-    "max_body_mib": (1, lambda settings: settings.router.max_body_mib),
+    "max_body_mib": (1, of_router("max_body_mib")),
+    "retries": (0, of_router("retries")),
+    "cors_origins": (["https://app.example"], of_router("cors_origins")),
+    "access_log": (False, of_router("access_log")),
 }
 # All of them are seen at work in tests/engines/test_keeper.py.
 SYSTEM_FIELDS: dict[str, tuple[Any, Effect]] = {
@@ -135,6 +161,27 @@ SYSTEM_FIELDS: dict[str, tuple[Any, Effect]] = {
     "progress_timeout": (9.0, lambda settings: orders(settings).progress),
     "progress_misses": (1, lambda settings: orders(settings).progress),
 }
+
+
+# All of them are seen at work in tests/router.
+ENDPOINT_FIELDS: dict[str, Any] = {
+    "url": "https://gpu-3:8000",
+    "api_key": "sk-theirs",
+    "model": "theirs",
+    "ca": str(AUTHORITY),
+    "timeout": 5.0,
+    "weight": 3,
+}
+
+
+@pytest.mark.parametrize("field", ENDPOINT_FIELDS)
+def test_a_field_of_an_endpoint(project: Project, field: str) -> None:
+    value = ENDPOINT_FIELDS[field]
+    endpoint = {"url": "https://gpu-2:8000"}
+    project.write({"chat": {**BASE, "endpoints": [endpoint]}})
+    assert getattr(project.load().models[0].endpoints[0], field) != value
+    project.write({"chat": {**BASE, "endpoints": [{**endpoint, field: value}]}})
+    assert getattr(project.load().models[0].endpoints[0], field) == value
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ MODELS = {
     "chat": {"name": "c", "type": "chat"},
     "embedding": {"name": "e", "type": "embedding"},
     "off": {"name": "o", "type": "chat", "port": 9, "enabled": False},
+    "remote": {"name": "r", "type": "chat", "endpoints": ["http://gpu-2:8000"]},
+    "remote-off": {"name": "r", "type": "chat", "endpoints": ["http://gpu-2:8000"], "enabled": False},
 }
 
 
@@ -38,7 +40,13 @@ def test_what_supervisord_reads(tmp_path: Path, name: str) -> None:
     project = Project(home)
     project.write(MODELS, system={"drain_timeout": 40})
     read = parsed(home / "run", supervisord_conf(project.load()))
-    assert set(read) == {"", "router", "chat", "embedding"}
+    assert set(read) == {"", "router", "chat", "embedding", "off"}
+    assert {name: each.autostart for name, each in read.items() if name} == {
+        "router": True,
+        "chat": True,
+        "embedding": True,
+        "off": False,
+    }
     cli = [sys.executable, "-m", "vllm_unified", "--config", str(project.file)]
     assert shlex.split(read["chat"].command) == [*cli, "engine", "chat"]
     assert shlex.split(read["router"].command) == [*cli, "router"]
@@ -51,6 +59,11 @@ def test_what_supervisord_reads(tmp_path: Path, name: str) -> None:
     assert read[""].configroot.supervisord.pidfile == str(home / "run" / "supervisord.pid")
     (server,) = read[""].configroot.supervisord.server_configs
     assert (server["file"], server["chmod"]) == (str(home / "run" / "supervisor.sock"), 0o700)
+
+
+def test_where_nothing_is_served_here_the_router_is_alone(project: Project) -> None:
+    project.write({"remote": MODELS["remote"]})
+    assert set(parsed(project.home / "run", supervisord_conf(project.load()))) == {"", "router"}
 
 
 @given(st.lists(st.text(st.characters(blacklist_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1), min_size=1))

@@ -99,7 +99,6 @@ def _cache_flag(model: Model) -> dict[str, FlagValue]:
 
 def _environment(settings: Settings, placed: Placed) -> dict[str, str]:
     model = placed.model
-    number = settings.models.index(model)
     return {
         # A model is a local folder. Nothing is looked up elsewhere, nothing is reported anywhere.
         "HF_HUB_OFFLINE": "1",
@@ -107,7 +106,7 @@ def _environment(settings: Settings, placed: Placed) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # Two servers that share a base hand the same port to two processes (vLLM #43206).
-        "VLLM_PORT": str(FIRST_INTERNAL_PORT + number * INTERNAL_PORTS),
+        "VLLM_PORT": str(FIRST_INTERNAL_PORT + model.number * INTERNAL_PORTS),
         # Kept between starts: compiled graphs, and what vLLM found out about each architecture.
         "VLLM_CACHE_ROOT": str(settings.run / "cache" / "vllm"),
         **_device_environment(settings, placed),
@@ -122,7 +121,7 @@ def _device_environment(settings: Settings, placed: Placed) -> dict[str, str]:
         handles = ",".join(device.handle for device in placed.devices)
         return {"CUDA_VISIBLE_DEVICES": handles, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     # Each server would bind its threads to the same cores; with several of them the scheduler does better.
-    threads = max(1, (psutil.cpu_count() or 1) // len(settings.models))
+    threads = max(1, (psutil.cpu_count() or 1) // len(settings.engines))
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
 
 

@@ -54,6 +54,11 @@ class Plan:
         return device.free_bytes - self.asked_of(device)
 
     @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Key → the handles of its devices."""
+        return {placed.model.key: tuple(device.handle for device in placed.devices) for placed in self.placed}
+
+    @property
     def fits(self) -> bool:
         enough = all(self.left_on(device) >= 0 for device in self.devices)
         return enough and all(need.cache >= 0 for placed in self.placed for need in placed.needs)
@@ -73,7 +78,7 @@ def plan(settings: Settings, devices: Sequence[Device], recorded: Recorded | Non
 
     The room of a device is its free memory. A model without `gpus` stays where `recorded` says while that exists.
     """
-    missing = [problem for model in settings.models if (problem := _missing_devices(settings, model, devices))]
+    missing = [problem for model in settings.engines if (problem := _missing_devices(settings, model, devices))]
     if missing:
         raise ConfigError(missing)
     result = _planned(settings, devices, recorded or {}, SEARCH_STEPS)
@@ -89,21 +94,27 @@ def place_now(settings: Settings, model: Model) -> Plan:
     """
     present = read_devices(settings.environment.visible_devices, settings.devices_file)
     devices = [replace(each, free_bytes=each.total_bytes) for each in present]
-    missing = {each.key: problem for each in settings.models if (problem := _missing_devices(settings, each, devices))}
+    missing = {each.key: problem for each in settings.engines if (problem := _missing_devices(settings, each, devices))}
     if model.key in missing:
         raise ConfigError([missing[model.key]])
-    possible = tuple(each for each in settings.models if each.key not in missing)
+    possible = tuple(each for each in settings.engines if each.key not in missing)
     return _planned(replace(settings, models=possible), devices, recorded(settings), SEARCH_STEPS)
 
 
 def plan_now(settings: Settings, *, running: bool) -> Plan:
     """On the devices as they are. Models that run stay where they are, and their memory counts as ours."""
+    if not settings.engines:
+        return Plan((), (), ())
+    if running:
+        return plan_beside(settings, recorded(settings))
+    return plan(settings, read_devices(settings.environment.visible_devices, settings.devices_file))
+
+
+def plan_beside(settings: Settings, seated: Recorded) -> Plan:
+    """`plan_now` beside a running deployment, of whose models those in `seated` stay where that says."""
     devices = read_devices(settings.environment.visible_devices, settings.devices_file)
-    if not running:
-        return plan(settings, devices)
-    before = recorded(settings)
-    up = [each.key for each in settings.models if state.read(settings.run, each.key).phase in HOLDING_MEMORY]
-    return plan(settings, with_ours_free(settings, devices, before, up), before)
+    up = [each.key for each in settings.all_engines if state.read(settings.run, each.key).phase in HOLDING_MEMORY]
+    return plan(settings, with_ours_free(settings, devices, seated, up), seated)
 
 
 def recorded(settings: Settings) -> dict[str, tuple[str, ...]]:
@@ -115,17 +126,20 @@ def recorded(settings: Settings) -> dict[str, tuple[str, ...]]:
         return {}
 
 
-def placement_text(planned: Plan) -> str:
+def placement_text(places: Recorded) -> str:
     """run/placement.json: the devices of each model, for all who plan while it runs."""
-    return json.dumps({each.model.key: [device.handle for device in each.devices] for each in planned.placed}) + "\n"
+    return json.dumps(dict(places)) + "\n"
 
 
 def with_ours_free(
     settings: Settings, devices: Sequence[Device], recorded: Recorded, up: Collection[str]
 ) -> list[Device]:
-    """The devices as if the engines in `up` did not run: what they were planned to take is free again."""
+    """The devices as if the engines in `up` did not run: what they were planned to take is free again.
+
+    A disabled one among them is about to end.
+    """
     ours = dict.fromkeys(devices, 0)
-    for model in settings.models:
+    for model in settings.all_engines:
         on = _recorded_devices(model, devices, recorded) if model.key in up else None
         for device, need in zip(on, needs(settings, model, on).each, strict=True) if on else ():
             ours[device] += need.total
@@ -166,7 +180,7 @@ def _ranks(model: Model) -> str:
 
 
 def _replanned(settings: Settings, devices: Sequence[Device], recorded: Recorded) -> Plan | None:
-    if any(_missing_devices(settings, model, devices) for model in settings.models):
+    if any(_missing_devices(settings, model, devices) for model in settings.engines):
         return None
     return _planned(settings, devices, recorded, CHECK_STEPS)
 
@@ -174,7 +188,7 @@ def _replanned(settings: Settings, devices: Sequence[Device], recorded: Recorded
 def _planned(settings: Settings, devices: Sequence[Device], recorded: Recorded, steps: int) -> Plan:
     seats = _Seats(settings, devices, steps)
     open_ones = []
-    for model in settings.models:
+    for model in settings.engines:
         on = _given_devices(model, devices) or _recorded_devices(model, devices, recorded)
         if on:
             seats.take(model, on)
@@ -184,8 +198,8 @@ def _planned(settings: Settings, devices: Sequence[Device], recorded: Recorded, 
     open_ones.sort(key=lambda model: -sum(need.total for need in seats.first_needs(model)))
     if not seats.find(open_ones):
         seats.overfill(open_ones)
-    by_priority = sorted(settings.models, key=lambda model: -model.priority)
-    placed = (seats.placed[model.key] for model in settings.models)
+    by_priority = sorted(settings.engines, key=lambda model: -model.priority)
+    placed = (seats.placed[model.key] for model in settings.engines)
     return Plan(tuple(devices), tuple(placed), tuple(model.key for model in by_priority))
 
 

@@ -27,7 +27,7 @@ class Usage:
 
 def usage_of_all(settings: Settings, states: Sequence[EngineState]) -> dict[str, Usage]:
     """By key; all engines are asked at the same time, and one that hangs costs two seconds."""
-    urls = {model.key: settings.engine_url(model) for model in settings.models}
+    urls = {model.key: settings.engine_url(model) for model in settings.engines}
     with ThreadPoolExecutor(max_workers=max(1, len(states))) as pool:
         found = pool.map(lambda each: _usage(each, urls[each.key]), states)
         return {each.key: usage for each, usage in zip(states, found, strict=True)}

@@ -4,12 +4,15 @@ Precedence, highest first: environment variable, the model's own field, vllm_con
 """
 
 import difflib
+import ipaddress
 import json
 import re
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -32,6 +35,7 @@ from vllm_unified.settings.schema import (
     DEFAULT_PORTS,
     PER_ENGINE_VARIABLES,
     DeviceEntry,
+    Endpoint,
     EngineDefaults,
     FlagValue,
     Kind,
@@ -48,21 +52,39 @@ File = TypeVar("File", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the deployment is told, resolved: no field of `models` waits for a default of ours."""
+    """Everything that the deployment is told, resolved: no field of `models` waits for a default of ours.
+
+    `models`: all that the router serves. `disabled`: the entries that are neither started nor served; what only
+    counts for those that are (ports, names, keys of endpoints) is not checked. `endpoint_variables`: the names of
+    the variables that hold keys of endpoints.
+    """
 
     home: Path
     file: Path
     models: tuple[Model, ...]
+    disabled: tuple[Model, ...]
     router: RouterSettings
     system: SystemSettings
     environment: Environment
     engine_args: Mapping[str, FlagValue]
     engine_env: Mapping[str, str]
+    endpoint_variables: frozenset[str]
+
+    @property
+    def engines(self) -> tuple[Model, ...]:
+        """The models that are served on this machine."""
+        return tuple(model for model in self.models if model.served_here)
+
+    @property
+    def all_engines(self) -> tuple[Model, ...]:
+        """Those, and the disabled ones that would be: a reload of the file may enable them."""
+        return (*self.engines, *(model for model in self.disabled if model.served_here))
 
     @property
     def own_variables(self) -> frozenset[str]:
         """What is said to the deployment and not to its engines."""
-        return frozenset((*OWN_VARIABLES, *SHELL_VARIABLES, *(port_variable(model.key) for model in self.models)))
+        ports = (port_variable(model.key) for model in (*self.models, *self.disabled))
+        return frozenset((*OWN_VARIABLES, *SHELL_VARIABLES, *ports, *self.endpoint_variables))
 
     @property
     def run(self) -> Path:
@@ -111,19 +133,22 @@ def load(file: Path, home: Path, environ: Mapping[str, str]) -> Settings:
     variables = read_variables(home, environ)
     models_file = _parsed(ModelsFile, lambda: files.read_json(file, shown), shown, problems)
     defaults = _read_defaults(home, problems)
-    environment = _read_environment(variables, problems)
+    endpoint_variables = _endpoint_variables(models_file) if models_file else frozenset()
+    environment = _read_environment(variables, endpoint_variables, problems)
     if models_file is None or defaults is None or environment is None:
         raise ConfigError(problems)
-    resolved = _Resolver(models_file, defaults, environment, variables, shown, problems)
+    resolved = _Resolver(home, models_file, defaults, environment, variables, shown, problems)
     settings = Settings(
         home=home,
         file=file,
         models=resolved.models(),
+        disabled=resolved.disabled(),
         router=resolved.router(),
         system=models_file.system,
         environment=environment,
         engine_args=_without_fields(defaults.engine_args),
-        engine_env={**_passed_on(variables, models_file), **defaults.env},
+        engine_env={**_passed_on(variables, models_file, endpoint_variables), **defaults.env},
+        endpoint_variables=endpoint_variables,
     )
     _check_together(settings, shown, problems)
     if problems:
@@ -148,8 +173,15 @@ def _read_defaults(home: Path, problems: list[Problem]) -> EngineDefaults | None
     return _parsed(EngineDefaults, lambda: files.read_yaml(path, shown) or {}, shown, problems)
 
 
-def _read_environment(variables: Variables, problems: list[Problem]) -> Environment | None:
-    for name in sorted(variables.from_file):
+def _endpoint_variables(file: ModelsFile) -> frozenset[str]:
+    endpoints = (endpoint for entry in file.models.values() for endpoint in entry.endpoints)
+    return frozenset(endpoint.api_key_variable for endpoint in endpoints if endpoint.api_key_variable)
+
+
+def _read_environment(
+    variables: Variables, endpoint_variables: frozenset[str], problems: list[Problem]
+) -> Environment | None:
+    for name in sorted(variables.from_file - endpoint_variables):
         meant = likely_typo(name)
         if meant:
             problems.append(Problem(".env", name, f"nothing reads this variable; did you mean {meant}?"))
@@ -182,6 +214,7 @@ class _Resolver:
 
     def __init__(
         self,
+        home: Path,
         file: ModelsFile,
         defaults: EngineDefaults,
         environment: Environment,
@@ -189,12 +222,14 @@ class _Resolver:
         shown: str,
         problems: list[Problem],
     ) -> None:
+        self.home = home
         self.file = file
         self.field_defaults = self._field_defaults(defaults, problems)
         self.environment = environment
         self.variables = variables
         self.shown = shown
         self.problems = problems
+        self.entries = self._entries()
 
     @staticmethod
     def _field_defaults(defaults: EngineDefaults, problems: list[Problem]) -> dict[str, Any]:
@@ -216,24 +251,82 @@ class _Resolver:
         return self.file.router if port is None else self.file.router.model_copy(update={"port": port})
 
     def models(self) -> tuple[Model, ...]:
-        ports = self._port_overrides()
-        enabled = {key: model for key, model in self.file.models.items() if model.enabled}
-        if not enabled:
+        if not any(entry.enabled for entry in self.file.models.values()):
             self.problems.append(Problem(self.shown, "models", "every model is disabled; enable at least one"))
-        return tuple(self._resolved(key, model, ports.get(key)) for key, model in enabled.items())
+        return tuple(
+            model.model_copy(update={"endpoints": self._endpoints(model)}) for model in self.entries if model.enabled
+        )
 
-    def _resolved(self, key: str, entry: ModelEntry, port: int | None) -> Model:
+    def disabled(self) -> tuple[Model, ...]:
+        return tuple(model for model in self.entries if not model.enabled)
+
+    def _entries(self) -> list[Model]:
+        ports = self._port_overrides()
+        return [
+            self._resolved(number, key, entry, ports.get(key))
+            for number, (key, entry) in enumerate(self.file.models.items())
+        ]
+
+    def _resolved(self, number: int, key: str, entry: ModelEntry, port: int | None) -> Model:
+        own = {"key": key, "number": number}
+        if not entry.served_here:
+            return Model.model_construct(**{**dict(entry), **own})
         given = entry.model_fields_set
         if entry.memory_gib is not None:  # says the same, and the model's own word goes before a default
             given = given | {"gpu_memory_utilization"}
         unset = {name: value for name, value in self.field_defaults.items() if name not in given}
         resolved = {
+            **own,
             **unset,
-            "key": key,
             "path": entry.path or f"models/{key}",
             "port": port or entry.port or DEFAULT_PORTS[entry.type],
         }
         return Model.model_construct(**{**dict(entry), **resolved})
+
+    def _endpoints(self, model: Model) -> list[Endpoint]:
+        """With the keys and files that they name, as far as those are there."""
+        found: list[Endpoint] = []
+        for number, endpoint in enumerate(model.endpoints):
+            place = f"models.{model.key}.endpoints.{number}"
+            if endpoint.url in [each.url for each in found]:
+                message = f'"{endpoint.url}" stands twice; remove one, or give it a larger weight'
+                self.problems.append(Problem(self.shown, f"{place}.url", message))
+            if self._is_the_router(endpoint.url):
+                message = f'"{endpoint.url}" is the router itself, so that a request would never end; name another'
+                self.problems.append(Problem(self.shown, f"{place}.url", message))
+            update = {"api_key": self._api_key(endpoint, place), "ca": self._ca(endpoint, place)}
+            found.append(endpoint.model_copy(update=update))
+        return found
+
+    def _is_the_router(self, url: str) -> bool:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        return port == self.router().port and _is_this_machine(parts.hostname or "", self.environment.router_host)
+
+    def _api_key(self, endpoint: Endpoint, place: str) -> str | None:
+        name = endpoint.api_key_variable
+        if name is None:
+            return endpoint.api_key
+        value = self.variables.values.get(name)
+        if value is None:
+            message = f"the variable {name} is not set; set it in .env, as {name}=KEY"
+            self.problems.append(Problem(self.shown, f"{place}.api_key", message))
+        elif not re.fullmatch("[!-~]+", value):
+            message = "use printable ASCII without spaces; it travels in an HTTP header"
+            self.problems.append(Problem(self.variables.file_of(name), name, message))
+        return value
+
+    def _ca(self, endpoint: Endpoint, place: str) -> str | None:
+        if endpoint.ca is None:
+            return None
+        file = self.home / endpoint.ca
+        try:
+            ssl.create_default_context(cafile=file)
+        except OSError as error:  # ssl.SSLError, where there is no certificate in it, is one too
+            wrong = "no certificate in PEM form in it" if isinstance(error, ssl.SSLError) else error.strerror
+            message = f"{file}: {wrong}; name the PEM file of the authority"
+            self.problems.append(Problem(self.shown, f"{place}.ca", message))
+        return str(file)
 
     def _port_overrides(self) -> dict[str, int]:
         """VLLM_CHAT_PORT is meant for the model with the key `chat`, else for the only chat model."""
@@ -254,9 +347,15 @@ class _Resolver:
 
     def _keys_meant(self, word: str, variable: str) -> list[str]:
         exact = [key for key in self.file.models if port_variable(key) == variable]
+        remote = [key for key in exact if not self.file.models[key].served_here]
+        if remote:
+            message = f'its endpoints alone serve "{remote[0]}", so that it has no port here; remove the variable'
+            self.problems.append(Problem(self.variables.file_of(variable), variable, message))
+            return []
         if exact or word not in get_args(Kind):
             return exact
-        of_kind = [key for key, model in self.file.models.items() if model.type == word and model.enabled]
+        started = {key: model for key, model in self.file.models.items() if model.enabled and model.served_here}
+        of_kind = [key for key, model in started.items() if model.type == word]
         if len(of_kind) > 1:
             message = f'{len(of_kind)} models are of the type "{word}" ({", ".join(of_kind)}); set "port" in each'
             self.problems.append(Problem(self.variables.file_of(variable), variable, message))
@@ -273,7 +372,7 @@ def _check_together(settings: Settings, shown: str, problems: list[Problem]) -> 
             problems.append(Problem(shown, f"models.{model.key}", message))
     ports = {settings.router.port: "the router"}
     names: dict[str, str] = {}
-    for model in settings.models:
+    for model in settings.engines:
         if model.port in ports:
             taken_by = ports[model.port]
             problems.append(
@@ -282,11 +381,22 @@ def _check_together(settings: Settings, shown: str, problems: list[Problem]) -> 
                 )
             )
         ports.setdefault(model.port, f'"{model.key}"')
+    for model in settings.models:
         for name in model.names:
             if name in names:
                 message = f'the name "{name}" is already used by "{names[name]}"; every name must lead to one model'
                 problems.append(Problem(shown, f"models.{model.key}.name", message))
             names.setdefault(name, model.key)
+
+
+def _is_this_machine(host: str, listens_on: str) -> bool:
+    if host in ("localhost", listens_on):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
 
 
 def _url(host: str, port: int) -> str:
@@ -298,9 +408,9 @@ def _without_fields(engine_args: Mapping[str, FlagValue]) -> dict[str, FlagValue
     return {flag: value for flag, value in engine_args.items() if flag.replace("-", "_") not in ModelEntry.model_fields}
 
 
-def _passed_on(variables: Variables, file: ModelsFile) -> dict[str, str]:
+def _passed_on(variables: Variables, file: ModelsFile, endpoint_variables: frozenset[str]) -> dict[str, str]:
     """What `.env` says beyond our own variables is meant for the engines (HF_ENDPOINT, NCCL_P2P_DISABLE …)."""
-    own = {*OWN_VARIABLES, *(port_variable(key) for key in file.models)}
+    own = {*OWN_VARIABLES, *endpoint_variables, *(port_variable(key) for key in file.models)}
     return {name: variables.values[name] for name in sorted(variables.from_file) if name not in own}
 
 
@@ -318,6 +428,8 @@ def _place(detail: ErrorDetails) -> str:
 
 
 def _message(detail: ErrorDetails, kind: type[BaseModel], *, secret: bool = False) -> str:
+    if detail["loc"][-1:] == ("api_key",) and detail["type"] != "extra_forbidden":
+        return "use printable ASCII without spaces; it travels in an HTTP header"
     given = "" if secret else f"{_quoted(detail['input'])}: "
     match detail["type"]:
         case "extra_forbidden":
@@ -328,6 +440,8 @@ def _message(detail: ErrorDetails, kind: type[BaseModel], *, secret: bool = Fals
             return str(detail["ctx"]["error"])
         case "string_pattern_mismatch" if detail["loc"][-1] == "[key]" or "models" in detail["loc"]:
             return f"{given}use letters, digits and _ - {'' if '[key]' in detail['loc'] else '. : / @ + '}only"
+        case "string_pattern_mismatch" if "cors_origins" in detail["loc"]:
+            return f"{given}use https://HOST without a path, or * for any"
         case "literal_error":
             return f"{given}choose one of {detail['ctx']['expected']}"
         case "too_short":
@@ -346,11 +460,19 @@ def _unknown_key(key: str, fields: list[str]) -> str:
 
 def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     inside: dict[str, type[BaseModel]] = {"models": ModelEntry, "router": RouterSettings, "system": SystemSettings}
-    inside["devices"] = DeviceEntry
-    holder = inside.get(str(place[0]), kind) if place else kind
+    inside |= {"devices": DeviceEntry, "endpoints": Endpoint}
+    named = [inside[str(part)] for part in place[::2] if part in inside]
+    holder = named[-1] if named else kind
     return list(holder.model_fields)
 
 
 def _quoted(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(_without_keys(value), ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _without_keys(value: Any) -> Any:
+    """As it may be shown: with no key of an endpoint in it."""
+    if isinstance(value, dict):
+        return {name: "…" if name == "api_key" else _without_keys(inner) for name, inner in value.items()}
+    return [_without_keys(inner) for inner in value] if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -62,6 +63,55 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _base_address(value: str) -> str:
+    """Without `/v1`, which every path that is asked there begins with."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no port, no IPv6 address
+        usable = False
+    if usable and parts.username is not None:  # a password, perhaps: not shown
+        raise ValueError("an address has no user name in it; put the key into api_key")
+    if not usable or parts.query or parts.fragment or not re.fullmatch("[!-~]+", value):
+        raise ValueError(f'"{value}" is no address of a server; use http://HOST:PORT/v1 or https://HOST/v1')
+    return value.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+class Endpoint(_Strict):
+    """A remote OpenAI-compatible server that serves a model; a string in the file is its `url`."""
+
+    url: Annotated[str, AfterValidator(_base_address)] = Field(
+        description="its address, as http://gpu-2:8000/v1; /v1 may be left out"
+    )
+    api_key: Annotated[str, Field(pattern="^[!-~]+$")] | None = Field(
+        default=None,
+        repr=False,
+        exclude=True,
+        description="the key it wants; $NAME takes the variable NAME of .env or of the environment",
+    )
+    model: Name | None = Field(default=None, description="the name that the model has there (default: the same)")
+    ca: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="PEM file with the authority that signed its certificate"
+    )
+    timeout: float = Field(default=600.0, gt=0, le=86400, description="seconds that it may be silent in an answer")
+    weight: int = Field(default=1, ge=1, le=1000, description="its share of the requests among the replicas")
+
+    @property
+    def api_key_variable(self) -> str | None:
+        """The variable that `api_key` names, until the key itself stands in its place."""
+        return self.api_key[1:] if self.api_key and self.api_key.startswith("$") else None
+
+    @model_validator(mode="after")
+    def _has_a_certificate(self) -> "Endpoint":
+        if self.ca and self.url.startswith("http:"):
+            raise ValueError("ca is for an https address; remove it, or write https in url")
+        return self
+
+
+def _endpoint(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
 def _complete_schema(schema: dict[str, Any]) -> None:
     """The older names of fields, which pydantic leaves out; no default where it depends on other fields."""
     properties = schema["properties"]
@@ -70,6 +120,29 @@ def _complete_schema(schema: dict[str, Any]) -> None:
     properties["cuda_device"] = {**properties["gpus"], "anyOf": [*properties["gpus"]["anyOf"], *one_number]}
     for name in ("path", "port"):
         del properties[name]["default"]
+
+
+# How the engine of a model runs: without a meaning where none runs on this machine.
+ENGINE_FIELDS = (
+    "path",
+    "port",
+    "gpus",
+    "gpu_memory_utilization",
+    "memory_gib",
+    "kv_cache_memory_gib",
+    "priority",
+    "max_model_len",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "dtype",
+    "trust_remote_code",
+    "repo",
+    "revision",
+    "source",
+    "engine_args",
+    "env",
+    "startup_timeout",
+)
 
 
 class ModelEntry(_Strict):
@@ -136,6 +209,27 @@ class ModelEntry(_Strict):
     startup_timeout: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="seconds from start to ready (default router.startup_timeout)"
     )
+    endpoints: list[Annotated[Endpoint, BeforeValidator(_endpoint)]] = Field(
+        default=[], description="remote OpenAI servers that serve it; with `path` or `repo` it is served here as well"
+    )
+    balancing: Literal["least_loaded", "round_robin", "sticky"] = Field(
+        default="least_loaded", description="how its replicas share the requests; sticky keeps a session on one"
+    )
+    max_concurrent: int | None = Field(
+        default=None, ge=1, description="requests at a time; more wait in a queue (default: as many as come)"
+    )
+    max_queue: int = Field(default=100, ge=0, description="requests that may wait; more are refused with 429")
+    queue_timeout: float = Field(
+        default=60.0, gt=0, le=3600, description="seconds that a request waits in the queue before 503"
+    )
+    wait_for_ready: float = Field(
+        default=0.0, ge=0, le=3600, description="seconds that a request waits for a model that is starting"
+    )
+
+    @property
+    def served_here(self) -> bool:
+        """Whether it has an engine of its own; else its endpoints alone serve it."""
+        return bool(self.path or self.repo) or not self.endpoints
 
     @property
     def devices_needed(self) -> int:
@@ -155,6 +249,16 @@ class ModelEntry(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _engine_has_fields_of_engines(self) -> "ModelEntry":
+        idle = () if self.served_here else [name for name in ENGINE_FIELDS if name in self.model_fields_set]
+        if idle:
+            raise ValueError(
+                f"its endpoints alone serve it, and {' and '.join(idle)} would be of an engine on this machine; "
+                "remove that, or say in path or repo which weights an engine here serves"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_device_a_rank(self) -> "ModelEntry":
         if self.gpus is None:
             return self
@@ -169,9 +273,13 @@ class ModelEntry(_Strict):
 
 
 class Model(ModelEntry):
-    """An entry under its key, with `path` and `port` settled."""
+    """An entry under its key, with `path` and `port` settled: "" and 0 where it has no engine here.
+
+    `number`: its place in the file, whatever else is enabled.
+    """
 
     key: str
+    number: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -185,6 +293,13 @@ class RouterSettings(_Strict):
     health_check_interval: float = Field(default=2.0, gt=0, le=3600, description="seconds between looks at each engine")
     startup_timeout: float = Field(default=1800.0, gt=0, description="seconds that a model may take to be ready")
     max_body_mib: int = Field(default=32, ge=1, le=1024, description="largest request, in MiB")
+    retries: int = Field(
+        default=3, ge=0, le=10, description="further tries of a request that no byte of an answer came back for"
+    )
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[!-~]+[^/])$")]] = Field(
+        default=[], description="web pages that may call it from a browser, as https://app.example; * is any"
+    )
+    access_log: bool = Field(default=True, description="one line of JSON a request, in run/logs/router.log")
 
 
 class SystemSettings(_Strict):

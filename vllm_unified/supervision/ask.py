@@ -3,22 +3,30 @@
 import contextlib
 import http.client
 import xmlrpc.client
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from supervisor.xmlrpc import SupervisorTransport
 
 
-def programs(run: Path) -> dict[str, dict[str, Any]] | None:
-    """Name → supervisord's own process info (`statename`, `pid`, `start` …); None when it is not running."""
-    socket = run / "supervisor.sock"
-    if not socket.exists():
-        return None
-    with contextlib.closing(SupervisorTransport(None, None, f"unix://{socket}")) as transport:
+@contextlib.contextmanager
+def connected(run: Path) -> Iterator[Any]:
+    """supervisord's own functions, which raise xmlrpc.client.Fault where it refuses; OSError when it is not there."""
+    with contextlib.closing(SupervisorTransport(None, None, f"unix://{run / 'supervisor.sock'}")) as transport:
         # The URL is a formality: the transport speaks to the socket.
         proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport)
         try:
-            answer: Any = proxy.supervisor.getAllProcessInfo()
-        except (OSError, xmlrpc.client.Error, http.client.HTTPException):
-            return None
+            yield proxy.supervisor
+        except (xmlrpc.client.ProtocolError, http.client.HTTPException) as error:
+            raise ConnectionError(f"{run / 'supervisor.sock'}: {error}") from None
+
+
+def programs(run: Path) -> dict[str, dict[str, Any]] | None:
+    """Name → supervisord's own process info (`statename`, `pid`, `start` …); None when it is not running."""
+    try:
+        with connected(run) as supervisor:
+            answer = supervisor.getAllProcessInfo()
+    except (OSError, xmlrpc.client.Error):
+        return None
     return {info["name"]: info for info in answer}

@@ -6,25 +6,37 @@ import sys
 
 from vllm_unified.engines.keeper import LEAVING_SECONDS, SETTLING_SECONDS
 from vllm_unified.settings import Settings
+from vllm_unified.supervision.programs import GROUP
 
 # Time for a keeper to kill what did not leave, after all that it grants the engine.
 KEEPER_SECONDS = 20
 
 
 def supervisord_conf(settings: Settings) -> str:
-    """The router and one keeper a model. `%(here)s` is the folder of the file itself, run/."""
-    engine_keys = [model.key for model in settings.models]
+    """The router and one keeper an engine. `%(here)s` is the folder of the file itself, run/.
+
+    Disabled models have a program that is not started, so that a reload can enable them.
+    """
+    keepers = settings.all_engines
     patience = round(settings.system.drain_timeout + LEAVING_SECONDS + SETTLING_SECONDS + KEEPER_SECONDS)
     sections = [
         _MAIN.format(config=settings.file),
         _program("router", [*_cli(settings), "router"], priority=100, patience=patience),
         *(
-            _program(key, [*_cli(settings), "engine", key], priority=200, patience=patience, log=f"{key}.keeper.log")
-            for key in engine_keys
+            _program(
+                model.key,
+                [*_cli(settings), "engine", model.key],
+                priority=200,
+                patience=patience,
+                log=f"{model.key}.keeper.log",
+                autostart=model.enabled,
+            )
+            for model in keepers
         ),
-        # One group, because supervisord stops the programs of a group together and groups one by one.
-        f"[group:engines]\nprograms={','.join(engine_keys)}\npriority=200\n",
     ]
+    if keepers:
+        # One group, because supervisord stops the programs of a group together and groups one by one.
+        sections.append(f"[group:{GROUP}]\nprograms={','.join(model.key for model in keepers)}\npriority=200\n")
     return "\n".join(sections)
 
 
@@ -51,14 +63,16 @@ serverurl=unix://%(here)s/supervisor.sock
 """
 
 
-def _program(name: str, command: list[str], priority: int, patience: int, log: str | None = None) -> str:
+def _program(
+    name: str, command: list[str], priority: int, patience: int, log: str | None = None, autostart: bool = True
+) -> str:
     """supervisord gives up on a program that fails `startretries` times in a row; ours are never given up."""
     return "\n".join(
         [
             f"[program:{name}]",
             f"command={quoted(command)}",
             f"priority={priority}",
-            "autostart=true",
+            f"autostart={str(autostart).lower()}",
             "autorestart=true",
             "startsecs=1",
             "startretries=1000000",
