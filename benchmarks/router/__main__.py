@@ -14,7 +14,8 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ OPEN_FILES = 16384
 DISTINCT = 64
 # Of ours alone: name → models, keys.
 VARIANTS = {"4 models": (4, 1), "64 models": (64, 1), "10,000 keys": (4, 10_000)}
+VARIED = f"ours with {', '.join(VARIANTS)}"
 
 
 @contextlib.contextmanager
@@ -59,7 +61,9 @@ def one(programs: Programs, name: str, sizes: Sizes) -> Figures:
 
 def variants(programs: Programs, sizes: Sizes) -> dict[str, Figures]:
     """Requests per second through ours with few and with many models and keys."""
-    return {name: _variant(programs, *counts, sizes) for name, counts in VARIANTS.items()}
+    return {
+        name: _variant(programs, models, min(keys, sizes.most_keys), sizes) for name, (models, keys) in VARIANTS.items()
+    }
 
 
 def _variant(programs: Programs, model_count: int, key_count: int, sizes: Sizes) -> Figures:
@@ -87,25 +91,23 @@ def memory(programs: Programs, sizes: Sizes) -> list[dict[str, float]]:
 
 
 def compare(programs: Programs, names: Sequence[str], count: int, sizes: Sizes) -> dict[str, Any]:
-    """One that fails is left out of all rounds, and of the tables."""
-    rounds: list[dict[str, Figures]] = []
-    varied: list[dict[str, Figures]] = []
+    """What fails is left out of all rounds, and of the tables."""
+    measured: dict[str, Callable[[], Any]] = {name: partial(one, programs, name, sizes) for name in names}
+    if "ours" in names:
+        measured[VARIED] = partial(variants, programs, sizes)
+    rounds: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for number in range(1, count + 1):
         rounds.append({})
-        for name in names:
-            if name in failed:
-                continue
+        for name in [each for each in measured if each not in failed]:
             say(f"round {number} of {count}: {name}")
             try:
-                rounds[-1][name] = one(programs, name, sizes)
+                rounds[-1][name] = measured[name]()
             except BenchmarkError as error:
                 failed[name] = str(error)
                 say(f"left out: {error}")
-        if "ours" in names and "ours" not in failed:
-            say(f"round {number} of {count}: ours with {', '.join(VARIANTS)}")
-            varied.append(variants(programs, sizes))
     complete = [{name: each[name] for name in each if name not in failed} for each in rounds]
+    varied = [each.pop(VARIED) for each in complete if VARIED in each]
     found = {"rounds": complete, "variants": varied, "failed": failed}
     return {"machine": machine(), "versions": versions(names), **found}
 
@@ -172,6 +174,8 @@ def main() -> None:
         sys.exit(130)
     if options.json:
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
+    if not options.memory and measured["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Sizes:
     body_bytes: int = 20_000_000
     bodies: int = 5
     memory_requests: int = 1_000_000
+    most_keys: int = 10_000
     at_most: float = 90.0
 
 
@@ -51,6 +52,7 @@ QUICK = Sizes(
     body_bytes=1_000_000,
     bodies=2,
     memory_requests=10_000,
+    most_keys=100,
     at_most=20.0,
 )
 
