@@ -108,8 +108,7 @@ def compare(programs: Programs, names: Sequence[str], count: int, sizes: Sizes) 
                 say(f"left out: {error}")
     complete = [{name: each[name] for name in each if name not in failed} for each in rounds]
     varied = [each.pop(VARIED) for each in complete if VARIED in each]
-    found = {"rounds": complete, "variants": varied, "failed": failed}
-    return {"machine": machine(), "versions": versions(names), **found}
+    return {"rounds": complete, "variants": varied, "failed": failed}
 
 
 def machine() -> dict[str, Any]:
@@ -163,8 +162,8 @@ def main() -> None:
                 measured: Any = memory(programs, sizes)
                 print(report.memory(measured))
             else:
-                versions(options.only)  # all of them are there
-                measured = compare(programs, options.only, options.rounds, sizes)
+                about = {"machine": machine(), "versions": versions(options.only)}
+                measured = {**about, **compare(programs, options.only, options.rounds, sizes)}
                 print(report.tables(measured))
         if options.quick:
             say("--quick: sizes are smaller than the columns say, and the figures mean nothing")
