@@ -135,12 +135,9 @@ def _of_all(old: Settings, new: Settings) -> Iterator[str]:
     yield from _differences("system.", dict(old.system), dict(new.system))
     yield from _differences("", *(_variables(each.environment) for each in (old, new)))
     yield from _differences("config/vllm_config.yaml: ", old.engine_args, new.engine_args)
-    names = sorted({*old.engine_env, *new.engine_env})
-    yield from (
-        f"variables of the engines: {name}: changed"
-        for name in names
-        if old.engine_env.get(name) != new.engine_env.get(name)
-    )
+    was, now = old.engine_env, new.engine_env
+    names = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    yield from (f"variables of the engines: {name}: changed" for name in names)
 
 
 def _fixed(router: RouterSettings) -> dict[str, Any]:
