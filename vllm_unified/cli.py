@@ -2,9 +2,12 @@
 
 import json
 import os
+import sqlite3
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -121,7 +124,10 @@ def cli() -> None:
 @click.pass_obj
 def check(project: Project, machine: bool, except_weights: bool) -> None:
     """Check the configuration, and say everything that is wrong with it."""
+    from vllm_unified.settings.keys import read_keys
+
     settings = project.settings()
+    read_keys(project.home)
     if machine:
         from vllm_unified.machine import problems_of_machine
         from vllm_unified.supervision.ask import programs
@@ -225,21 +231,13 @@ def engine(project: Project, name: str) -> None:
 @click.pass_obj
 def router(project: Project) -> None:
     """Serve the router, until SIGTERM. supervisord runs this."""
-    import uvicorn
-
     from vllm_unified.router.app import create_app
+    from vllm_unified.router.serving import Router, run
 
     _end_with_supervisord()
-    settings = project.settings()
-    uvicorn.run(
-        create_app(settings),
-        host=settings.environment.router_host,
-        port=settings.router.port,
-        access_log=False,
-        server_header=False,
-        http="h11",  # it bounds the size of headers, which httptools does not
-        timeout_graceful_shutdown=round(settings.system.drain_timeout),
-    )
+    serving = Router(project.settings())
+    serving.app = create_app(serving)
+    run(serving)
 
 
 @cli.command()
@@ -359,6 +357,100 @@ def welcome(project: Project) -> None:
     from vllm_unified.console import welcome_text
 
     click.echo(welcome_text(project.running_settings()))
+
+
+@cli.group(cls=_Group)
+def keys() -> None:
+    """API keys beside the deployment's own, in config/keys.yaml; the router takes up a change within a second.
+
+    \b
+    vllm-unified keys create alice --model chat --requests-per-minute 60
+    vllm-unified keys list
+    vllm-unified keys revoke alice
+    """
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--model", "models", multiple=True, metavar="M", help="A model that it may use; say it again for more.")
+@click.option("--requests-per-minute", type=click.IntRange(min=1), metavar="N")
+@click.option("--tokens-per-minute", type=click.IntRange(min=1), metavar="N")
+@click.option("--max-concurrent", type=click.IntRange(min=1), metavar="N", help="Requests at the same time.")
+@click.option("--tokens-per-day", type=click.IntRange(min=1), metavar="N", help="Days of UTC.")
+@click.option("--tokens-per-month", type=click.IntRange(min=1), metavar="N", help="Calendar months of UTC.")
+@click.option("--expires", metavar="DATE", help="Its last day (UTC), as 2026-12-31, or moment: 2026-12-31T18:00:00Z.")
+@click.option("--priority", type=int, metavar="N", help="Where requests wait the highest goes first (default 0).")
+@click.option("--admin", is_flag=True, help="It sees the usage of every key.")
+@click.pass_obj
+def create(project: Project, /, name: str, models: tuple[str, ...], **given: Any) -> None:
+    """Make a key for NAME and print its value, once. Without options it may use everything.
+
+    \b
+    vllm-unified keys create alice
+    vllm-unified keys create bob --model chat --tokens-per-day 1000000 --expires 2026-12-31
+    KEY=$(vllm-unified keys create nightly-indexer --model embedding --priority -10)
+    """
+    from vllm_unified.settings.keys import add_key, new_key
+
+    if models:
+        _require_models(project.settings(), models)
+    value, hashed = new_key()
+    said = {field: what for field, what in given.items() if what not in (None, False)}
+    fields = {"name": name, "hash": hashed, **({"models": list(models)} if models else {}), **said}
+    add_key(project.home, {**fields, "created": datetime.now(UTC).replace(microsecond=0)})
+    click.echo("keep it now: it is stored nowhere, only its hash is", err=True)
+    click.echo(value)
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
+@click.pass_obj
+def list_(project: Project, as_json: bool) -> None:
+    """Show the keys: models, limits, expiry, and the tokens of today and of this month (UTC).
+
+    \b
+    vllm-unified keys list
+    vllm-unified keys list --json
+    """
+    from rich.console import Console
+
+    from vllm_unified.console import keys_json, keys_table, print_json
+    from vllm_unified.router.usage import recorded_tokens
+    from vllm_unified.settings.keys import read_keys
+
+    entries = read_keys(project.home)
+    now = datetime.now(UTC)
+    usage = project.home / "data" / "usage.db"
+    try:
+        today, month = (recorded_tokens(usage, day) for day in (now.date(), now.date().replace(day=1)))
+    except sqlite3.Error as error:
+        raise UserError(f"{usage}: {error}") from None
+    if as_json:
+        print_json(keys_json(entries, today, month, now))
+    else:
+        Console(soft_wrap=True).print(keys_table(entries, today, month, now))
+
+
+@keys.command()
+@click.argument("name")
+@click.pass_obj
+def revoke(project: Project, name: str) -> None:
+    """Take the key NAME out of the file. Its requests in flight end, new ones get 401.
+
+    \b
+    vllm-unified keys revoke alice
+    """
+    from vllm_unified.settings.keys import remove_key
+
+    remove_key(project.home, name)
+    click.echo(f"{name} is revoked; a running router takes it up within a second")
+
+
+def _require_models(settings: Settings, names: Sequence[str]) -> None:
+    known = {each for model in settings.models for each in (model.key, *model.names)}
+    for name in names:
+        if name not in known:
+            raise UserError(f'{settings.shown_file}: no model "{name}"; there are {", ".join(sorted(known))}')
 
 
 def _planned(settings: Settings) -> Any:

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from vllm_unified.engines.memory import Need
 from vllm_unified.engines.placement import Placed, Plan
 from vllm_unified.engines.usage import Usage, usage_of_all
 from vllm_unified.settings import Kind, Model, Settings
+from vllm_unified.settings.keys import FILE as KEYS_FILE
+from vllm_unified.settings.keys import KeyEntry
 from vllm_unified.state import EngineState, Phase
 from vllm_unified.supervision.ask import programs
 
@@ -357,6 +360,65 @@ def welcome_text(settings: Settings) -> str:
             "Next:  ./deploy.sh status   ./deploy.sh logs NAME   ./deploy.sh stop",
         ]
     )
+
+
+def keys_table(
+    entries: Sequence[KeyEntry], today: Mapping[str, int], month: Mapping[str, int], now: datetime
+) -> RenderableType:
+    """`today`, `month`: tokens by the key's name."""
+    if not entries:
+        return Text(f"no keys in {KEYS_FILE}; make one with `vllm-unified keys create NAME`")
+    table = Table("key", "models", "limits", "priority", "expires", "tokens today", "this month", box=None)
+    for entry in entries:
+        table.add_row(
+            f"{entry.name} (admin)" if entry.admin else entry.name,
+            ", ".join(entry.models or ["all"]),
+            "\n".join(_limits(entry)) or "none",
+            str(entry.priority),
+            _expiry(entry, now),
+            f"{today.get(entry.name, 0):,}",
+            f"{month.get(entry.name, 0):,}",
+        )
+    return table
+
+
+def keys_json(
+    entries: Sequence[KeyEntry], today: Mapping[str, int], month: Mapping[str, int], now: datetime
+) -> dict[str, Any]:
+    """Stable: fields are added, never renamed. A limit that does not hold is null; no hashes."""
+    return {
+        "keys": [
+            {
+                **entry.model_dump(mode="json", exclude={"hash"}),
+                "expired": _is_over(entry, now),
+                "tokens_today": today.get(entry.name, 0),
+                "tokens_this_month": month.get(entry.name, 0),
+            }
+            for entry in entries
+        ]
+    }
+
+
+def _limits(entry: KeyEntry) -> list[str]:
+    words = {
+        "requests_per_minute": "requests/min",
+        "tokens_per_minute": "tokens/min",
+        "max_concurrent": "at once",
+        "tokens_per_day": "tokens/day",
+        "tokens_per_month": "tokens/month",
+    }
+    return [f"{limit:,} {unit}" for field, unit in words.items() if (limit := getattr(entry, field)) is not None]
+
+
+def _expiry(entry: KeyEntry, now: datetime) -> Text:
+    if entry.expires is None:
+        return Text("never")
+    over = _is_over(entry, now)
+    return Text(f"{entry.expires:%Y-%m-%d}{', over' if over else ''}", "red" if over else "")
+
+
+def _is_over(entry: KeyEntry, now: datetime) -> bool:
+    return entry.expires is not None and now > entry.expires
 
 
 def _where(settings: Settings, model: Model) -> str:

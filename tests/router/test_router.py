@@ -70,7 +70,8 @@ def test_a_request_reaches_its_model(
     body = {"input": "é漢", **({"model": model} if model else {})}
     answer = client.post(f"{path}?a=b%20c", json=body)
     assert answer.status_code == 200
-    assert answer.json() == {"path": f"{path}?a=b%20c", "model": model, "echo": body}
+    # an engine hears the name that it was started with, whichever alias the client used
+    assert answer.json() == {"path": f"{path}?a=b%20c", "model": answered_by, "echo": {**body, "model": answered_by}}
     assert [seen["path"] for seen in deployment.seen(answered_by)["requests"]] == [f"{path}?a=b%20c"]
 
 
@@ -269,7 +270,7 @@ def test_a_failing_answer_of_a_dying_engine_is_503(deployment: Deployment) -> No
     with deployment.client() as client:
         own = client.post("/v1/chat/completions", json={"model": "healthy"})
         assert own.status_code == 500
-        assert "x-error-source" not in own.headers
+        assert own.headers["x-error-source"] == "engine"
         for name, what in (("dying", "it failed while it answered"), ("gone", "it closed the connection")):
             answer = client.post("/v1/chat/completions", json={"model": name})
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")

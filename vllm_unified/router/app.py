@@ -1,58 +1,42 @@
-"""The FastAPI application: everything but forwarding is plain FastAPI."""
+"""The FastAPI application: everything that is not forwarded to a model."""
 
-import asyncio
-import contextlib
-import hmac
 import json
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_unified import __version__, state
 from vllm_unified.devices import read_devices
-from vllm_unified.router import health
-from vllm_unified.router.forward import Forwarder
 from vllm_unified.router.problems import RequestError
-from vllm_unified.router.registry import Registry, Upstream
+from vllm_unified.router.registry import Served
 from vllm_unified.router.routes import ROUTES
+from vllm_unified.router.serving import Router
+from vllm_unified.router.usage import add_usage
 from vllm_unified.settings import Settings
 
-OPEN_PATHS = frozenset({"/live", "/ready", "/health"})
 
-
-def create_app(settings: Settings) -> FastAPI:
-    """Raises UserError when there is no API key."""
-    api_key = settings.require_api_key()
-    registry = Registry([Upstream(model, settings.engine_url(model)) for model in settings.models])
-    forwarder = Forwarder(registry, api_key, settings.router.max_body_mib << 20, settings.run)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await forwarder.open()
-        interval = settings.router.health_check_interval
-        watching = asyncio.create_task(health.watch(registry, forwarder.session, settings.run, interval))
-        yield
-        watching.cancel()
-        await forwarder.close()
-
-    # The documentation pages load their scripts from a CDN, which a closed network has not.
-    app = FastAPI(title="vllm-unified", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_KeyRequired, api_key=api_key)
+def create_app(router: Router) -> FastAPI:
+    # The documentation pages of FastAPI load their scripts from a CDN, which a closed network has not.
+    app = FastAPI(title="vllm-unified", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(Exception, _answer_exception)
-    _add_health(app, registry)
-    _add_information(app, settings, registry)
-    for route in ROUTES:
-        app.add_route(route.path, forwarder.application(route), methods=["POST"])  # type: ignore[arg-type]
+    _add_health(app, router)
+    _add_information(app, router)
+    add_usage(app, router.usage)
+    for route in ROUTES:  # POST never comes here
+        app.add_api_route(route.path, _post_only, methods=["GET"], include_in_schema=False)
     return app
 
 
-def _add_health(app: FastAPI, registry: Registry) -> None:
+async def _post_only() -> Response:
+    raise HTTPException(405, headers={"allow": "POST"})
+
+
+def _add_health(app: FastAPI, router: Router) -> None:
     @app.get("/live")
     async def live() -> dict[str, str]:
         return {"status": "alive"}
@@ -60,7 +44,7 @@ def _add_health(app: FastAPI, registry: Registry) -> None:
     @app.get("/ready")
     async def ready() -> Response:
         waiting = {
-            each.model.key: each.problem for each in registry.upstreams if each.model.required and not each.ready
+            each.model.key: each.problem for each in router.registry.served if each.model.required and not each.ready
         }
         if waiting:
             return JSONResponse({"status": "not ready", "waiting_for": waiting}, 503)
@@ -68,44 +52,56 @@ def _add_health(app: FastAPI, registry: Registry) -> None:
 
     @app.get("/health")
     async def health_of_all() -> Response:
-        healthy = all(each.ready for each in registry.upstreams)
-        status = {"status": "healthy" if healthy else "degraded", "services": _services(registry)}
+        served = router.registry.served
+        healthy = all(each.ready for each in served)
+        status: dict[str, Any] = {"status": "healthy" if healthy else "degraded", "services": _services(served)}
+        if router.keys.problem:
+            status["keys"] = "config/keys.yaml is wrong, and the keys stay as they were; the router's log says more"
         return JSONResponse(status, 200 if healthy else 503)
 
 
-def _services(registry: Registry) -> dict[str, dict[str, Any]]:
+def _services(served: tuple[Served, ...]) -> dict[str, dict[str, Any]]:
     return {
         each.model.key: {
             "status": "healthy" if each.ready else "unhealthy",
-            "port": each.model.port,
+            "port": each.model.port or None,
             **({"model": each.model.name} if each.ready else {"error": each.problem}),
         }
-        for each in registry.upstreams
+        for each in served
     }
 
 
-def _add_information(app: FastAPI, settings: Settings, registry: Registry) -> None:
+def _add_information(app: FastAPI, router: Router) -> None:
     started = int(time.time())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         entries = [
             {"id": name, "object": "model", "created": started, "owned_by": "vllm-unified", "root": each.model.name}
-            for each in registry.upstreams
+            for each in router.registry.served
             for name in each.model.names
         ]
         return {"object": "list", "data": entries}
 
     @app.get("/models")
-    async def models_with_ports() -> dict[str, Any]:
+    async def models_with_ports(request: Request) -> dict[str, Any]:
         entries = [
-            {"id": model.name, "type": model.type, "port": model.port, "path": model.path} for model in settings.models
+            {"id": each.model.name, "type": each.model.type, "port": each.model.port or None, "path": each.model.path}
+            for each in router.registry.of(request.state.key)
         ]
         return {"data": entries}
 
     @app.get("/system/info")
-    def system_info() -> dict[str, Any]:
+    def system_info(request: Request) -> dict[str, Any]:
+        require_admin(request)
+        settings = router.settings
         return {"gpu_info": _gpu_info(settings), "processes": _processes(settings), "config": _public_config(settings)}
+
+
+def require_admin(request: Request) -> None:
+    """Raises RequestError 403."""
+    if not request.state.key.admin:
+        raise RequestError(403, f"{request.url.path} is for admin keys", code="permission_denied")
 
 
 def _gpu_info(settings: Settings) -> dict[str, Any]:
@@ -126,34 +122,17 @@ def _gpu_info(settings: Settings) -> dict[str, Any]:
 
 
 def _processes(settings: Settings) -> dict[str, Any]:
-    states = {model.key: state.read(settings.run, model.key) for model in settings.models}
+    states = {model.key: state.read(settings.run, model.key) for model in settings.engines}
     return {
         key: {"pid": each.engine.pid if each.engine else None, "status": each.phase} for key, each in states.items()
     }
 
 
 def _public_config(settings: Settings) -> dict[str, Any]:
-    """Without the models' `env`, where tokens may stand."""
-    models = {model.key: model.model_dump(exclude={"key", "env"}, exclude_none=True) for model in settings.models}
+    """Without the models' `env` and their endpoints' keys, where tokens may stand."""
+    hidden: Any = {"key": True, "env": True, "endpoints": {"__all__": {"api_key"}}}
+    models = {model.key: model.model_dump(exclude=hidden, exclude_none=True) for model in settings.models}
     return {"models": models, "router": settings.router.model_dump(), "system": settings.system.model_dump()}
-
-
-class _KeyRequired:
-    """Every path but the health checks wants the API key, also those that do not exist."""
-
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
-        self.app = app
-        self.api_key = api_key.encode("ascii")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self.api_key):
-                what = "wrong API key" if given else "no API key"
-                error = RequestError(401, f"{what}; send `Authorization: Bearer KEY`", code="invalid_api_key")
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -164,6 +143,12 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return RequestError(
         status, message, code="not_found" if status == 404 else "bad_request", headers=headers
     ).response()
+
+
+async def _answer_request_error(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestError):
+        raise error
+    return error.response()
 
 
 async def _answer_exception(_request: Request, _error: Exception) -> Response:

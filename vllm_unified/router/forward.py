@@ -1,232 +1,633 @@
-"""One request to one engine and its answer back, as it comes.
-
-Plain ASGI under FastAPI's routing: an answer passes through chunk by chunk, and a client that leaves ends
-the engine's work.
-"""
+"""One request to a model: whose it is, which replica takes it, its answer back as it comes, and what it cost."""
 
 import asyncio
-import contextlib
+import itertools
 import json
-import logging
-from collections.abc import Iterable
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+import msgspec
 
+from vllm_unified.router import body as bodies
+from vllm_unified.router import shapes
 from vllm_unified.router.health import is_ending
+from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError, not_ready
-from vllm_unified.router.registry import Registry, Upstream
+from vllm_unified.router.record import Record
+from vllm_unified.router.registry import Registry, Served
+from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import Route
-
-log = logging.getLogger(__name__)
+from vllm_unified.router.server import ClientConnection, Headers, Request
+from vllm_unified.router.tokens import AnswerTokens, StreamTokens
+from vllm_unified.router.upstream import UpstreamConnection
 
 RETRY_AFTER_SECONDS = 5
-CONNECT_SECONDS = 5.0
-# What is read and thrown away of a body over the limit, so that the client comes to read the answer.
-DISCARDED_BODIES = 8
-# RFC 9110, 7.6.1: these speak of one connection. `host` and `content-length` are written anew.
+FIRST_PAUSE_SECONDS = 0.05
+PAUSE_GROWTH = 1.5
+LONGEST_PAUSE_SECONDS = 2.0
+# Answers that say "not now" or "not I", and cost the server nothing.
+RETRIED = frozenset({408, 429, 502, 503, 504})
+# Proxies cut a stream that is silent for 60 to 120 s.
+KEEP_ALIVE_SECONDS = 15.0
+LOOK_FOR_READY_SECONDS = 0.1
+REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+# RFC 9110, 7.6.1: these speak of one connection.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
-    b"upgrade".split()
+    b"upgrade http2-settings".split()
 )
-NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"authorization", b"expect"}
+# What the router says itself, what is meant for it alone, and what would keep it from reading the answer.
+NOT_FORWARDED = HOP_BY_HOP | frozenset(
+    b"host content-length authorization x-api-key expect accept-encoding x-request-id cookie origin forwarded "
+    b"x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip".split()
+)
+NOT_ANSWERED = HOP_BY_HOP | frozenset(
+    b"date content-length x-request-id x-served-by x-error-source access-control-allow-origin "
+    b"access-control-allow-credentials access-control-allow-methods access-control-allow-headers "
+    b"access-control-expose-headers access-control-max-age set-cookie".split()
+)
 
 
-class Forwarder:
-    """Makes the ASGI application of each route."""
+class Forwarding:
+    """What all exchanges share. `notes` are told of every one that is over."""
 
-    def __init__(self, registry: Registry, api_key: str, max_body_bytes: int, run: Path) -> None:
+    def __init__(self, registry: Registry, run: Path, retries: int, max_body_bytes: int) -> None:
         self.registry = registry
         self.run = run
-        self.authorization = f"Bearer {api_key}"
+        self.retries = retries
         self.max_body_bytes = max_body_bytes
-        self._session: aiohttp.ClientSession | None = None
+        self.exchanges: set[Exchange] = set()
+        self.notes: list[Callable[[Record], None]] = []
+        self._prefix = secrets.token_hex(5)
+        self._numbers = itertools.count(1)
 
-    async def open(self) -> None:
-        # vLLM closes an idle connection after 5 s; ours goes first, so none is written to as it closes.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+    def new_id(self) -> bytes:
+        return b"%s-%x" % (self._prefix.encode("ascii"), next(self._numbers))
+
+    def note(self, record: Record) -> None:
+        for each in self.notes:
+            each(record)
+
+    def tick(self, now: float) -> None:
+        """Once a second: silent streams are kept alive, silent servers given up."""
+        for exchange in list(self.exchanges):
+            exchange.tick(now)
+
+
+class Exchange:
+    """From the whole request to the last byte of its answer. A `Work` of the client's connection, a `Receiver` of
+    the server's.
+
+    The way of nearly all requests, from a free slot over an idle connection, makes no task and waits for nothing.
+    """
+
+    def __init__(self, forwarding: Forwarding, request: Request, client: ClientConnection, route: Route, key: Key):
+        self._forwarding = forwarding
+        self.request = request
+        self.client = client
+        self._route = route
+        self._key = key
+        given = request.fields.get(b"x-request-id")
+        self.request_id = given if given and REQUEST_ID.fullmatch(given) else forwarding.new_id()
+        self.record = Record(
+            self.request_id.decode("ascii"), route.path, key.name, request.peer, request.started, len(request.body)
         )
+        self._served: Served | None = None
+        self._asked: Any = None  # the name of the model in the body
+        self._body = request.body
+        self._form: bodies.FormField | None = None
+        self._session: bytes | None = None
+        self._hide_usage = False
+        self._forwarded = b""
+        self._adapted: shapes.Answer | None = None
+        self._gated = False
+        self._replica: Replica | None = None
+        self._connection: UpstreamConnection | None = None
+        self._tried: set[Replica] = set()
+        self._stale = False
+        self._last_error: RequestError | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._held: list[bytes] | None = None
+        self._head: bytes | None = None  # of the answer, until its first byte goes with it
+        self._chunked = False
+        self._tokens: AnswerTokens | StreamTokens | None = None
+        self._last_data = request.started
+        self._kept_alive = 0.0
+        self._over = False
 
-    async def close(self) -> None:
-        if self._session:
-            await self._session.close()
+    # --- towards the server ---
+
+    def start(self) -> None:
+        """Everything up to the first try, without waiting where nothing has to be waited for."""
+        self._forwarding.exchanges.add(self)
+        try:
+            served = self._prepare()
+            self._key.enter(self.record.started)
+        except RequestError as error:
+            self._refuse(error, entered=False)
+            return
+        self._served = served
+        if served.model.wait_for_ready and not served.ready:
+            self._later(self._enter_when_ready(served))
+        elif served.gate.try_enter():
+            self._gated = True
+            self._try()
+        else:
+            self._later(self._enter(served))
+
+    def _prepare(self) -> Served:
+        """Read the request. Raises RequestError 400, 403, 404, 413, 415."""
+        request, route = self.request, self._route
+        encoding = request.fields.get(b"content-encoding")
+        if encoding and encoding.lower() != b"identity":
+            self._body = bodies.decompressed(self._body, encoding, self._forwarding.max_body_bytes)
+        if route.multipart:
+            self._form = bodies.FormField(self._body, request.fields.get(b"content-type", b""), "model")
+            self._asked = self._form.value
+            served = self._forwarding.registry.choose(self._asked, route, self._key)
+        else:
+            asked = bodies.asked_in(self._body)
+            self._asked = None if asked.model is msgspec.UNSET else asked.model
+            served = self._forwarding.registry.choose(self._asked, route, self._key)
+            if self._asked is None:
+                self._name_the_model(asked, served.model.name)
+            self.record.stream = asked.stream is True
+            if route.usage_on_request and asked.stream is True:
+                self._ask_for_usage(asked)
+            self._body, self._adapted = shapes.adapted(route, self._body, deepseek_ocr=served.deepseek_ocr)
+            if served.model.balancing == "sticky":
+                self._session = _session(request, asked)
+        self.record.model = served.model.key
+        self.record.asked = self._asked or ""
+        return served
+
+    def _name_the_model(self, asked: bodies.Asked, name: str) -> None:
+        if asked.model is msgspec.UNSET:
+            self._body = bodies.with_new_field(self._body, b'"model":' + json.dumps(name).encode("ascii"))
+        else:
+            self._body = bodies.with_fields(self._body, {"model": name})
+        self._asked = name
+
+    def _ask_for_usage(self, asked: bodies.Asked) -> None:
+        """The tokens of a stream are known only when they are asked for; the client does not see what it did not."""
+        options = asked.stream_options
+        if options is msgspec.UNSET:
+            self._body = bodies.with_new_field(self._body, b'"stream_options":{"include_usage":true}')
+            self._hide_usage = True
+        elif options is None or (isinstance(options, dict) and not options.get("include_usage")):
+            self._body = bodies.with_fields(self._body, {"stream_options": {**(options or {}), "include_usage": True}})
+            self._hide_usage = True
+
+    async def _enter_when_ready(self, served: Served) -> None:
+        deadline = time.monotonic() + served.model.wait_for_ready
+        if served.waiting >= served.model.max_queue:
+            self._refuse(self._not_ready())
+            return
+        served.waiting += 1
+        try:
+            while not served.ready and time.monotonic() < deadline:  # noqa: ASYNC110 - a keeper's word is a file
+                await asyncio.sleep(LOOK_FOR_READY_SECONDS)
+        finally:
+            served.waiting -= 1
+        await self._enter(served)
+
+    async def _enter(self, served: Served) -> None:
+        try:
+            await served.gate.enter(self._key.priority, f'"{served.model.name}"')
+        except RequestError as error:
+            self._refuse(error)
+            return
+        self._gated = True
+        self.record.queued = time.monotonic() - self.record.started
+        self._try()
+
+    def _try(self) -> None:
+        served, now = self._served, time.monotonic()
+        if served is None:
+            raise RuntimeError("no model")
+        replica = None if served.drained else served.pick(now, self._tried, self._session)
+        if replica is None:
+            self._refuse(self._last_error or self._not_ready())
+            return
+        self._replica = replica
+        replica.in_flight += 1
+        replica.breaker.begin()
+        self.record.tries += 1
+        self.record.upstream = replica.name
+        self._last_data = now
+        connection = replica.take(now)
+        if connection is None:
+            self._later(self._connect(replica))
+        else:
+            self._send(connection, replica)
+
+    async def _connect(self, replica: Replica) -> None:
+        try:
+            connection = await replica.connect()
+        except OSError as error:
+            self._failed(self._unreachable(error))
+            return
+        self._send(connection, replica)
+
+    def _send(self, connection: UpstreamConnection, replica: Replica) -> None:
+        body = self._body_for(replica)
+        if not self._forwarded:
+            self._forwarded = self._forwarded_headers()
+        request = self.request
+        query = b"?" + request.query if request.query else b""
+        head = b"POST %b%b%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n" % (
+            replica.path,
+            request.target,
+            query,
+            replica.fixed_headers,
+            self._forwarded,
+            len(body),
+        )
+        self._connection = connection
+        connection.send(self, head, body)
+
+    def _body_for(self, replica: Replica) -> bytes:
+        if self._asked == replica.model:
+            return self._body
+        if self._form is not None:
+            return self._form.replaced(replica.model)
+        return bodies.with_fields(self._body, {"model": replica.model})
+
+    def _forwarded_headers(self) -> bytes:
+        headers = self.request.headers
+        dropped = NOT_FORWARDED
+        if b"connection" in self.request.fields:
+            dropped = dropped | _named_by_connection(headers)
+        if self._body is not self.request.body:
+            dropped = dropped | {b"content-encoding"}
+        lines = [b"x-request-id: ", self.request_id, b"\r\n"]
+        for name, value in headers:
+            if name not in dropped:
+                lines += (name, b": ", value, b"\r\n")
+        return b"".join(lines)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = asyncio.get_running_loop().create_task(work)
+
+    # --- when it fails ---
+
+    def _failed(self, error: RequestError, *, broken: bool = True, pause: float | None = None) -> None:
+        """No byte of an answer went to the client: try again, elsewhere first, or say why not."""
+        replica = self._release_replica()
+        if replica is None or self._over:
+            return
+        now = time.monotonic()
+        if broken:
+            replica.breaker.fail(now)
+        else:
+            replica.breaker.forget()
+        self._tried.add(replica)
+        self._last_error = error
+        if not self._may_retry:
+            self._refuse(error)
+        elif self._elsewhere(now):
+            self._try()
+        else:
+            growing = FIRST_PAUSE_SECONDS * PAUSE_GROWTH ** (self.record.tries - 1)
+            seconds = min(pause if pause is not None else growing, LONGEST_PAUSE_SECONDS)
+            self._later(self._try_after(seconds * random.uniform(0.8, 1.2)))  # noqa: S311
 
     @property
-    def session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("not open")
-        return self._session
+    def _may_retry(self) -> bool:
+        return self.record.tries <= self._forwarding.retries
 
-    def application(self, route: Route) -> ASGIApp:
-        return _Application(self, route)
+    def _elsewhere(self, now: float) -> bool:
+        """Whether a replica is left that this request did not try."""
+        served = self._served
+        if served is None or len(served.replicas) <= len(self._tried):
+            return False
+        found = served.pick(now, self._tried, self._session)
+        return found is not None and found not in self._tried
 
+    async def _try_after(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self._try()
 
-class _Application:
-    """A class, because Starlette takes a plain function for an endpoint of its own kind."""
+    def _release_replica(self) -> Replica | None:
+        """Not in flight there any more."""
+        replica, self._replica = self._replica, None
+        self._connection = None
+        if replica is not None:
+            replica.in_flight -= 1
+        return replica
 
-    def __init__(self, forwarder: Forwarder, route: Route) -> None:
-        self.forwarder = forwarder
-        self.route = route
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await read_body(scope, receive, self.forwarder.max_body_bytes)
-            upstream = self.forwarder.registry.choose(model_in(body), self.route)
-            exchange = _Exchange(self.forwarder, upstream, scope, send)
-            await _until_client_leaves(exchange.run(body), receive)
-        except RequestError as error:
-            await error.response()(scope, receive, send)
-        except _ClientLeft:
-            pass
-
-
-class _Exchange:
-    """One request and its answer."""
-
-    def __init__(self, forwarder: Forwarder, upstream: Upstream, scope: Scope, send: Send) -> None:
-        self.forwarder = forwarder
-        self.upstream = upstream
-        self.scope = scope
-        self.send = send
-
-    async def run(self, body: bytes) -> None:
-        """Raises RequestError only while nothing was sent to the client."""
-        if self.upstream.closed:
-            raise self._not_ready()
-        request = self.forwarder.session.post(self._url(), data=body, headers=self._headers(), allow_redirects=False)
-        try:
-            answer = await request
-        except (aiohttp.ClientConnectorError, TimeoutError):  # the only time limit is on connecting
-            raise self._not_ready() from None
-        except aiohttp.ClientError as error:
-            log.warning("%s: %s", self.upstream.model.key, error or type(error).__name__)
-            if isinstance(
-                error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError
-            ):  # it ended; its keeper sees it
-                raise self._not_ready("it closed the connection before it answered") from None
-            raise self._engine_error("answered something that is not HTTP") from None
-        async with answer:
-            if not 200 <= answer.status < 600:
-                raise self._engine_error(f"answered with the status {answer.status}")
-            if answer.status >= 500 and await is_ending(self.upstream, self.forwarder.session, self.forwarder.run):
-                # What was in an engine when its core died is answered with 500.
-                raise self._not_ready("it failed while it answered")
-            await self._pass_on(answer)
+    def _unreachable(self, error: OSError) -> RequestError:
+        replica = self._replica
+        if replica is None or replica.local:
+            return self._not_ready()
+        why = "did not accept a connection in time" if isinstance(error, TimeoutError) else f"can't be reached: {error}"
+        return self._engine_error(f"is served by {replica.name}, which {why}")
 
     def _not_ready(self, what: str | None = None) -> RequestError:
-        words = (what or self.upstream.problem or "it does not answer on its port", self.upstream.reason)
+        served = self._served
+        if served is None:
+            raise RuntimeError("no model")
+        words = (what or served.problem or "it does not answer on its port", served.reason)
         why = ": ".join(word for word in words if word)
-        return not_ready(f'"{self.upstream.model.name}" is not ready: {why}', RETRY_AFTER_SECONDS)
+        return not_ready(f'"{served.model.name}" is not ready: {why}', RETRY_AFTER_SECONDS)
 
     def _engine_error(self, what: str) -> RequestError:
-        return RequestError(502, f'"{self.upstream.model.name}" {what}', code="engine_error")
+        name = self._served.model.name if self._served else ""
+        return RequestError(502, f'"{name}" {what}', code="engine_error")
 
-    async def _pass_on(self, answer: aiohttp.ClientResponse) -> None:
-        await self.send({"type": "http.response.start", "status": answer.status, "headers": _answer_headers(answer)})
-        try:
-            async for chunk in answer.content.iter_any():
-                await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("%s broke off its answer: %s", self.upstream.model.key, error or type(error).__name__)
-            if not answer.content_type.startswith("text/event-stream"):
-                raise  # uvicorn cuts the connection: an incomplete answer must not look complete
-            event = b"data: " + self._engine_error("broke off its answer").body() + b"\n\n"
-            await self.send({"type": "http.response.body", "body": event, "more_body": True})
-        await self.send({"type": "http.response.body", "body": b""})
+    def _refuse(self, error: RequestError, *, entered: bool = True) -> None:
+        """The router's own answer."""
+        self.record.status = error.status
+        self.record.error = error.owner
+        error.shape = self._route.errors
+        headers = [*error.wire_headers(), (b"x-request-id", self.request_id)]
+        client = self.client
+        self._finish(entered=entered)
+        client.answer(error.status, headers, error.body())
 
-    def _url(self) -> str:
-        query = self.scope["query_string"].decode("latin-1")
-        return f"{self.upstream.url}{self.scope['path']}{'?' + query if query else ''}"
+    # --- the answer, as it comes ---
 
-    def _headers(self) -> list[tuple[str, str]]:
-        dropped = NOT_FORWARDED | _named_by_connection(self.scope["headers"])
-        sent = [
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in self.scope["headers"]
-            if name not in dropped
-        ]
-        return [*sent, ("authorization", self.forwarder.authorization)]
+    def answer_began(self, status: int, headers: Headers, *, length: int | None) -> None:
+        replica = self._replica
+        if replica is None or self._connection is None:
+            return
+        now = self._last_data = time.monotonic()
+        if not 200 <= status < 600:
+            self._drop_connection()
+            self._failed(self._engine_error(f"answered with the status {status}"))
+            return
+        if status in RETRIED and self._worth_a_retry(status, headers, now):
+            self._drop_connection()
+            pause = _retry_after(headers)
+            self._failed(self._engine_error(f"answered with {status}"), broken=status not in (408, 429), pause=pause)
+            return
+        if status >= 500 and replica.local:
+            # What was in an engine when its core died is answered with 500: is it dying?
+            self._held = []
+            self._later(self._judge(replica, status, headers, length))
+            return
+        _learn(replica, status, now)
+        self._begin(status, headers, length)
 
+    def _worth_a_retry(self, status: int, headers: Headers, now: float) -> bool:
+        if not self._may_retry:
+            return False
+        wait = _retry_after(headers)
+        self_tried = {*self._tried, self._replica}
+        others = self._served is not None and any(
+            each not in self_tried and each.closed is None and each.breaker.passes(now)
+            for each in self._served.replicas
+        )
+        return others or wait is None or wait <= LONGEST_PAUSE_SECONDS
 
-def _answer_headers(answer: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
-    # uvicorn writes a date of its own
-    dropped = HOP_BY_HOP | {b"date"} | _named_by_connection(answer.raw_headers)
-    return [(name, value) for name, value in answer.raw_headers if name.lower() not in dropped]
+    async def _judge(self, replica: Replica, status: int, headers: Headers, length: int | None) -> None:
+        if await is_ending(replica, self._forwarding.run):
+            self._drop_connection()
+            self._failed(self._not_ready("it failed while it answered"))
+            return
+        _learn(replica, status, time.monotonic())
+        held, self._held = self._held or [], None
+        ended = self._connection is None
+        self._begin(status, headers, length)
+        for data in held:
+            self.answer_came(data)
+        if ended:
+            self.answer_ended()
 
+    def _begin(self, status: int, headers: Headers, length: int | None) -> None:
+        """Compose the head; it goes out with the first byte of the body."""
+        record = self.record
+        record.status = status
+        record.first_byte = self._last_data
+        if status >= 400:
+            record.error = "client" if status < 500 else "engine"
+        kind = b""
+        answered: Headers = [(b"x-request-id", self.request_id), (b"x-served-by", record.upstream.encode())]
+        dropped = NOT_ANSWERED
+        for name, value in headers:
+            if name == b"connection":
+                dropped = dropped | _named_by_connection(headers)
+            elif name == b"content-type":
+                kind = value
+        answered += [each for each in headers if each[0] not in dropped]
+        if status >= 400:
+            answered.append((b"x-error-source", b"engine"))
+            self._adapted = None
+        elif kind.startswith(b"text/event-stream"):
+            self._tokens = StreamTokens(hide=self._hide_usage)
+            if self._hide_usage:
+                length = None
+        elif kind.startswith(b"application/json"):
+            self._tokens = AnswerTokens()
+        if self._adapted is not None:
+            self._adapted.head = answered
+            return
+        if length is not None:
+            answered.append((b"content-length", str(length).encode("ascii")))
+        elif self.request.version == "1.0":
+            self.request.keep_alive = False
+        elif status != 204:
+            self._chunked = True
+            answered.append((b"transfer-encoding", b"chunked"))
+        self._head = self.client.head(status, answered)
 
-def _named_by_connection(headers: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
-    """`Connection: close, x-mine` says that x-mine speaks of this connection alone."""
-    values = [value for name, value in headers if name.lower() == b"connection"]
-    return {word.strip().lower() for value in values for word in value.split(b",")}
-
-
-class _ClientLeft(Exception):
-    pass
-
-
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises RequestError 413 for one over `limit` bytes, without keeping it in memory."""
-    chunks: list[bytes] = []
-    size = 0
-    declared = dict(scope["headers"]).get(b"content-length", b"0")
-    too_large = declared.isdigit() and int(declared) > limit
-    while True:
-        message: Message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientLeft
-        chunk: bytes = message.get("body", b"")
-        size += len(chunk)
-        too_large = too_large or size > limit
-        if too_large:
-            chunks.clear()
+    def answer_came(self, data: bytes) -> None:
+        self._last_data = time.monotonic()
+        if self._held is not None:
+            self._held.append(data)
+            return
+        tokens = self._tokens
+        if tokens is not None:
+            if isinstance(tokens, StreamTokens):
+                data = tokens.take(data)
+                if not data:
+                    return
+            else:
+                tokens.take(data)
+        if self._adapted is not None:
+            self._adapted.take(data)
         else:
-            chunks.append(chunk)
-        if not message.get("more_body", False) or size > limit * DISCARDED_BODIES:
-            break
-    if too_large:
-        message_text = f"the body is larger than {limit >> 20} MiB (router.max_body_mib)"
-        raise RequestError(413, message_text, code="request_too_large")
-    return b"".join(chunks)
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        self.record.bytes_out += len(data)
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._head is not None:
+            data, self._head = self._head + data, None
+        self.client.write(data)
+
+    def answer_ended(self) -> None:
+        if self._held is not None:
+            self._connection = None  # what was held goes out when it was judged
+            return
+        tokens, record = self._tokens, self.record
+        if isinstance(tokens, StreamTokens):
+            if rest := tokens.end():
+                self._write(rest)
+            record.prompt_tokens, record.completion_tokens = tokens.prompt, tokens.completion
+        elif tokens is not None:
+            record.prompt_tokens, record.completion_tokens = tokens.counts()
+        client = self.client
+        if self._adapted is not None:
+            adapted = self._adapted
+            self._release_replica()
+            self._finish()
+            client.answer(record.status, adapted.head, adapted.body())
+            return
+        last = b"0\r\n\r\n" if self._chunked else b""
+        if self._head is not None:
+            last, self._head = self._head + last, None
+        if last:
+            client.write(last)
+        self._release_replica()
+        self._finish()
+        client.done()
+
+    def answer_lost(self, why: str, *, rubbish: bool) -> None:
+        connection, held = self._connection, self._held
+        replica = self._replica
+        if replica is None:
+            return
+        if self.record.first_byte is None and held is None:
+            if connection is not None and connection.used and not rubbish and not self._stale:
+                # Idle connections end while a request is on its way to them; that says nothing of the server.
+                self._stale = True
+                self._connection = None
+                self._later(self._connect(replica))
+                return
+            self._failed(self._lost(replica, why, rubbish=rubbish))
+            return
+        if held is not None:  # its 500 was being judged; whoever ends like this is ending
+            self._held = None
+            if self._task is not None:
+                self._task.cancel()
+            self._failed(self._lost(replica, why, rubbish=rubbish))
+            return
+        replica.breaker.fail(time.monotonic())
+        self._break_off(f"broke off its answer: {why}")
+
+    def _lost(self, replica: Replica, why: str, *, rubbish: bool) -> RequestError:
+        if rubbish:
+            return self._engine_error(f"answered something that is not HTTP: {why}")
+        if replica.local:  # it ended; its keeper sees it
+            return self._not_ready("it closed the connection before it answered")
+        return self._engine_error(f"is served by {replica.name}, which closed the connection before it answered")
+
+    def _break_off(self, what: str) -> None:
+        """An answer that began can't be taken back: a stream says what happened, anything else is cut."""
+        client, tokens = self.client, self._tokens
+        self.record.error = "engine"
+        error = self._engine_error(what)
+        error.shape = self._route.errors
+        if isinstance(tokens, StreamTokens):
+            self.record.prompt_tokens, self.record.completion_tokens = tokens.prompt, tokens.completion
+            self._write(tokens.end() + error.event())
+            if self._chunked:
+                client.write(b"0\r\n\r\n")
+        self._release_replica()
+        self._finish()
+        if isinstance(tokens, StreamTokens):
+            client.done()
+        elif self._adapted is not None or self._head is not None:  # nothing went out yet
+            client.answer(error.status, [*error.wire_headers(), (b"x-request-id", self.request_id)], error.body())
+        else:
+            client.abort()
+
+    def tick(self, now: float) -> None:
+        replica = self._replica
+        if replica is None:
+            return
+        silent = now - self._last_data
+        limit = replica.endpoint.timeout
+        if limit and silent > limit and self._connection is not None:
+            self._drop_connection()
+            if self.record.first_byte is None:
+                message = f"is served by {replica.name}, which was silent for {limit:g} s"
+                error = self._engine_error(message)
+                error.status = 504
+                self._failed(error)
+            else:
+                self._break_off(f"was silent for {limit:g} s")
+        elif now - max(self._last_data, self._kept_alive) > KEEP_ALIVE_SECONDS:
+            if isinstance(self._tokens, StreamTokens) and self._tokens.at_border:
+                self._write(b": keep-alive\n\n")
+            self._kept_alive = now
+
+    # --- the ends ---
+
+    def client_left(self) -> None:
+        if self._over:
+            return
+        if self._task is not None:
+            self._task.cancel()
+        self._drop_connection()
+        replica = self._release_replica()
+        if replica is not None:
+            replica.breaker.forget()
+        self.record.error = "client"
+        if isinstance(self._tokens, StreamTokens):
+            self.record.prompt_tokens, self.record.completion_tokens = self._tokens.prompt, self._tokens.completion
+        self._finish()
+
+    def pause(self) -> None:
+        if self._connection is not None:
+            self._connection.pause_reading()
+
+    def resume(self) -> None:
+        if self._connection is not None:
+            self._connection.resume_reading()
+
+    def _drop_connection(self) -> None:
+        """The server notices, and ends what it was doing for us."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _finish(self, *, entered: bool = True) -> None:
+        """Give back what was taken, once, and say what it was."""
+        if self._over:
+            return
+        self._over = True
+        self._forwarding.exchanges.discard(self)
+        record = self.record
+        record.ended = now = time.monotonic()
+        if self._gated and self._served is not None:
+            self._served.gate.leave(now - record.started - record.queued)
+        if entered:
+            self._key.leave(record.prompt_tokens + record.completion_tokens, now)
+        self._forwarding.note(record)
 
 
-def model_in(body: bytes) -> Any:
-    """`model` of a JSON object, None where there is none. Raises RequestError 400 for anything else."""
-    try:
-        document = json.loads(body.decode("utf-8"))  # of bytes it would guess the encoding
-    except UnicodeDecodeError:
-        raise RequestError(400, "the body is not UTF-8", code="invalid_encoding") from None
-    except RecursionError:
-        raise RequestError(400, "the body is nested too deep", code="invalid_json") from None
-    except ValueError as error:
-        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    if not isinstance(document, dict):
-        raise RequestError(400, "the body must be a JSON object", code="invalid_json")
-    return document.get("model")
+def _learn(replica: Replica, status: int, now: float) -> None:
+    """A 500 may be the request's fault, and tells nothing of the server."""
+    if status < 500:
+        replica.breaker.succeed()
+    elif status in RETRIED:
+        replica.breaker.fail(now)
+    else:
+        replica.breaker.forget()
 
 
-async def _until_client_leaves(work: Any, receive: Receive) -> None:
-    """Run `work`; cancel it, and with it the engine's request, when the client closes its connection."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise _ClientLeft
-        await working
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await working
+def _named_by_connection(headers: Headers) -> frozenset[bytes]:
+    """`Connection: close, x-mine` says that x-mine speaks of this connection alone."""
+    values = [value for name, value in headers if name == b"connection"]
+    return frozenset(word.strip().lower() for value in values for word in value.split(b","))
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _retry_after(headers: Headers) -> float | None:
+    """Seconds; None when it does not say, or says a date."""
+    value = next((value for name, value in headers if name == b"retry-after"), b"")
+    return float(value) if value.isdigit() else None
+
+
+def _session(request: Request, asked: bodies.Asked) -> bytes | None:
+    given = request.fields.get(b"x-session-id")
+    if given:
+        return given
+    return asked.user.encode() if isinstance(asked.user, str) else None

@@ -1,14 +1,18 @@
-"""What is known of every engine: its keeper's word at once, and its own health check each `health_check_interval`."""
+"""What is known of every replica: a keeper's word at once, a look of our own each `health_check_interval`, and
+what requests met (the breaker).
+"""
 
 import asyncio
+import json
 import logging
-from collections.abc import Awaitable, Callable
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
-import aiohttp
-
 from vllm_unified import state
-from vllm_unified.router.registry import Registry, Upstream
+from vllm_unified.router.replica import IDLE_SECONDS, Replica
+from vllm_unified.router.upstream import fetch
 from vllm_unified.state import Phase
 
 LOOK_SECONDS = 5.0
@@ -19,74 +23,105 @@ NOT_READY = {
     Phase.BACKOFF: "failed, tried again soon",
     Phase.DRAINING: "stopping",
 }
+Replicas = Callable[[], Iterable[Replica]]
 
 log = logging.getLogger(__name__)
 
 
-async def watch(registry: Registry, session: aiohttp.ClientSession, run: Path, interval: float) -> None:
+async def watch(replicas: Replicas, run: Path, interval: Callable[[], float]) -> None:
+    """For ever. `replicas` and `interval` (seconds) are asked each time: a reload may change them."""
+
     async def look_at_all() -> None:
-        await look(registry, session, run)
+        await look(replicas(), run)
 
     async def hear_all() -> None:
-        for upstream in registry.upstreams:
-            hear_keeper(upstream, run)
+        before = time.monotonic() - IDLE_SECONDS
+        for replica in replicas():
+            replica.close_idle(before)
+            if replica.local:
+                hear_keeper(replica, run)
 
-    await asyncio.gather(_for_ever(look_at_all, interval), _for_ever(hear_all, STATE_SECONDS))
+    await asyncio.gather(_for_ever(look_at_all, interval), _for_ever(hear_all, lambda: STATE_SECONDS))
 
 
-async def _for_ever(work: Callable[[], Awaitable[None]], interval: float) -> None:
+async def _for_ever(work: Callable[[], Awaitable[None]], interval: Callable[[], float]) -> None:
     while True:
         try:
             await work()
         except Exception:  # an end of the watch would freeze what is known of every engine
             log.exception("looking at the engines failed")
-        await asyncio.sleep(interval)
+        await asyncio.sleep(interval())
 
 
-def hear_keeper(upstream: Upstream, run: Path) -> None:
+def hear_keeper(replica: Replica, run: Path) -> None:
     """A keeper closes its engine to us before it stops it, and opens it when it answered a first request.
 
     An engine whose keeper was killed is told to end by that, and answers nonsense until it has.
     """
-    was_closed = upstream.closed is not None
-    said = state.read_as_written(run, upstream.model.key)
+    was_closed = replica.closed is not None
+    said = state.read_as_written(run, replica.name)
     if said is None or said.phase is Phase.STOPPED:
-        upstream.closed = None
+        replica.closed = None
     elif not said.is_kept:
-        upstream.closed, upstream.reason = "its keeper is gone, it is about to be restarted", None
+        replica.closed, replica.reason = "its keeper is gone, it is about to be restarted", None
     elif said.phase is not Phase.READY:
-        upstream.closed, upstream.reason = NOT_READY.get(said.phase, str(said.phase)), said.reason
+        replica.closed, replica.reason = NOT_READY.get(said.phase, str(said.phase)), said.reason
     else:
-        upstream.closed = None
+        replica.closed = None
         if was_closed:
-            upstream.error = upstream.reason = None
+            replica.error = replica.reason = None
+            replica.breaker.succeed()
 
 
-async def is_ending(upstream: Upstream, session: aiohttp.ClientSession, run: Path) -> bool:
+async def is_ending(replica: Replica, run: Path) -> bool:
     """Whether an engine that answered with an error is about to be restarted."""
-    hear_keeper(upstream, run)
-    if upstream.closed:
+    hear_keeper(replica, run)
+    if replica.closed:
         return True
-    error, _ = await _look_at(upstream, session, run)
+    error, _ = await _look_at(replica, run)
     return error is not None
 
 
-async def look(registry: Registry, session: aiohttp.ClientSession, run: Path) -> None:
-    upstreams = [upstream for upstream in registry.upstreams if not upstream.closed]
-    found = await asyncio.gather(*(_look_at(upstream, session, run) for upstream in upstreams))
-    for upstream, (error, reason) in zip(upstreams, found, strict=True):
-        if not upstream.closed:  # meanwhile; its keeper knows better
-            upstream.error, upstream.reason = error, reason
+async def look(replicas: Iterable[Replica], run: Path) -> None:
+    asked = [replica for replica in replicas if not replica.closed]
+    found = await asyncio.gather(*(_look_at(replica, run) for replica in asked))
+    for replica, (error, reason) in zip(asked, found, strict=True):
+        if not replica.closed:  # meanwhile; its keeper knows better
+            replica.error, replica.reason = error, reason
+        if error is None and replica.context_length is None:
+            replica.context_length = await _context_length(replica)
 
 
-async def _look_at(upstream: Upstream, session: aiohttp.ClientSession, run: Path) -> tuple[str | None, str | None]:
+async def _look_at(replica: Replica, run: Path) -> tuple[str | None, str | None]:
     """What is wrong, in words for everyone, and what the engine's log says of it; both None when it is ready."""
     try:
-        async with session.get(f"{upstream.url}/health", timeout=aiohttp.ClientTimeout(total=LOOK_SECONDS)) as answer:
-            await answer.read()  # or the connection could not be used again
-            return (None if answer.status == 200 else f"its health check answers {answer.status}"), None
-    except aiohttp.ClientConnectorError:
-        known = state.read(run, upstream.model.key)
+        status, _ = await fetch(replica, "/health" if replica.local else "/v1/models", LOOK_SECONDS)
+    except OSError as error:
+        return _unreachable(replica, run, error)
+    if status == 200 or (not replica.local and status in (404, 405)):  # no list of models, but it is there
+        return None, None
+    if status in (401, 403):
+        return f"it refuses the key of its endpoint ({status})", None
+    return f"its health check answers {status}", None
+
+
+def _unreachable(replica: Replica, run: Path, error: OSError) -> tuple[str, str | None]:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}; name its authority in `ca`", None
+    if isinstance(error, ConnectionRefusedError):
+        if not replica.local:
+            return "it does not answer on its port", None
+        known = state.read(run, replica.name)
         return "stopped" if known.phase is Phase.STOPPED else "it does not answer on its port", known.reason
-    except (aiohttp.ClientError, TimeoutError) as error:
-        return f"its health check fails: {error or type(error).__name__}", None
+    return f"its health check fails: {error or type(error).__name__}", None
+
+
+async def _context_length(replica: Replica) -> int | None:
+    """In tokens, as vLLM tells it beside each model's name; None where it is not told."""
+    try:
+        status, body = await fetch(replica, "/v1/models", LOOK_SECONDS)
+        models = json.loads(body)["data"] if status == 200 else []
+        found = [each.get("max_model_len") for each in models if each.get("id") == replica.model]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return found[0] if found and isinstance(found[0], int) else None

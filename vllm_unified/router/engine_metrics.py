@@ -1,0 +1,116 @@
+"""The metrics of all engines of this machine as one text, and where Prometheus finds them by itself."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from vllm_unified.router.registry import Registry
+from vllm_unified.router.replica import Replica
+
+SECONDS = 5.0
+UP = "vllm_unified_engine_scrape_up"
+# The text format: https://prometheus.io/docs/instrumenting/exposition_formats/
+_NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
+_LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*\s*=\s*"(?:[^"\\]|\\.)*"'
+_NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|[iI]nf|NaN)"
+_TYPES = "counter|gauge|histogram|summary|untyped"
+_COMMENT = re.compile(rf"# (HELP|TYPE(?= \S+ (?:{_TYPES})$)) ({_NAME}) (.*)")
+_SAMPLE = re.compile(
+    rf"({_NAME})\s*(?:\{{\s*((?:{_LABEL}\s*(?:,\s*{_LABEL}\s*)*,?)?)\s*\}})?\s+({_NUMBER}(?:\s+-?\d+)?)\s*"
+)
+_OURS = re.compile(r"(^|,)\s*(model_key|replica)(?=\s*=\s*\")")
+_PARTS = {"histogram": ("_bucket", "_count", "_sum"), "summary": ("_count", "_sum")}
+
+# Replica, path, seconds → status and body.
+Fetch = Callable[[Replica, str, float], Awaitable[tuple[int, bytes]]]
+
+
+class _Family:
+    """The lines of one metric."""
+
+    def __init__(self) -> None:
+        self.comments: dict[str, str] = {}  # the first HELP and the first TYPE that came
+        self.samples: list[str] = []
+
+
+async def merged(registry: Registry, fetch: Fetch) -> bytes:
+    """Every sample of every local engine, with the labels `model_key` and `replica` before its own.
+
+    Prometheus wants all lines of a metric together, so those of the engines are put in one place. An engine that
+    does not answer within 5 s has `vllm_unified_engine_scrape_up` 0 and nothing else.
+    """
+    local = [(served.model.key, each) for served in registry.served for each in served.replicas if each.local]
+    texts = await asyncio.gather(*(_text_of(replica, fetch) for _, replica in local))
+    families: dict[str, _Family] = {UP: _Family()}
+    families[UP].comments = {"HELP": "1 when the engine told its metrics", "TYPE": "gauge"}
+    for (key, replica), text in zip(local, texts, strict=True):
+        labels = f'model_key="{_escaped(key)}",replica="{_escaped(replica.name)}"'
+        families[UP].samples.append(f"{UP}{{{labels}}} {int(text is not None)}")
+        _take(families, text or "", labels)
+        await asyncio.sleep(0)  # some milliseconds each; requests go on in between
+    return "".join(f"{line}\n" for line in _lines(families)).encode()
+
+
+def sd_document(registry: Registry, router_address: str) -> list[dict[str, Any]]:
+    """What Prometheus' `http_sd_configs` reads. `router_address`: host:port."""
+    engines = [
+        _target(
+            f"[{replica.host}]:{replica.port}" if ":" in replica.host else f"{replica.host}:{replica.port}",
+            model_key=served.model.key,
+            model=served.model.name,
+            type=served.model.type,
+        )
+        for served in registry.served
+        for replica in served.replicas
+        if replica.local
+    ]
+    return [*engines, _target(router_address, type="router")]
+
+
+def _target(address: str, **labels: str) -> dict[str, Any]:
+    return {"targets": [address], "labels": {**labels, "__metrics_path__": "/metrics"}}
+
+
+async def _text_of(replica: Replica, fetch: Fetch) -> str | None:
+    try:
+        async with asyncio.timeout(SECONDS):
+            status, body = await fetch(replica, "/metrics", SECONDS)
+    except Exception:  # whatever is wrong with one engine, the others are told
+        return None
+    return body.decode("utf-8", "replace") if status == 200 else None
+
+
+def _take(families: dict[str, _Family], text: str, labels: str) -> None:
+    """Put the lines of one engine where they belong. What is no line of the format is left out."""
+    types: dict[str, str] = {}
+    for line in text.split("\n"):
+        if comment := _COMMENT.fullmatch(line):
+            word, name, said = comment.groups()
+            families.setdefault(name, _Family()).comments.setdefault(word, said)
+            if word == "TYPE":
+                types[name] = said
+        elif sample := _SAMPLE.fullmatch(line):
+            name, own, value = sample.groups()
+            own = _OURS.sub(r"\1exported_\2", own) if own else ""
+            joined = f"{labels},{own}" if own else labels
+            families.setdefault(_family_of(name, types), _Family()).samples.append(f"{name}{{{joined}}} {value}")
+
+
+def _family_of(sample: str, types: dict[str, str]) -> str:
+    """A histogram's samples have other names than itself."""
+    if sample in types:
+        return sample
+    name, _, part = sample.rpartition("_")
+    return name if f"_{part}" in _PARTS.get(types.get(name, ""), ()) else sample
+
+
+def _lines(families: dict[str, _Family]) -> Iterable[str]:
+    for name, family in families.items():
+        if family.samples:
+            yield from (f"# {word} {name} {said}" for word, said in sorted(family.comments.items()))
+            yield from family.samples
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

@@ -1,0 +1,127 @@
+"""One server that a model's requests may go to: its address, its connections, what is known of its health."""
+
+import asyncio
+import math
+import random
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from vllm_unified.settings.schema import Endpoint
+
+if TYPE_CHECKING:
+    from vllm_unified.router.upstream import UpstreamConnection
+
+CONNECT_SECONDS = 5.0
+# vLLM closes an idle connection after 5 s; ours goes first, so that none is written to as it closes.
+IDLE_SECONDS = 4.0
+FAILURES_THAT_OPEN = 5
+SHORTEST_OPEN_SECONDS = 1.0
+LONGEST_OPEN_SECONDS = 30.0
+
+
+class Breaker:
+    """Keeps requests away from a server that fails one after the other.
+
+    Closed, all pass. After five failures in a row it is open, and none passes, for 1 s, then twice as long each
+    time up to 30 s. Then one request is let through (half open): its success closes the breaker again.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.open_until = 0.0
+        self.open_seconds = 0.0
+        self.trying = False
+
+    def state(self, now: float) -> str:
+        """`closed`, `open` or `half_open`."""
+        if self.failures < FAILURES_THAT_OPEN:
+            return "closed"
+        return "open" if now < self.open_until else "half_open"
+
+    def passes(self, now: float) -> bool:
+        return self.failures < FAILURES_THAT_OPEN or (now >= self.open_until and not self.trying)
+
+    def begin(self) -> None:
+        """A request is on its way."""
+        if self.failures >= FAILURES_THAT_OPEN:
+            self.trying = True
+
+    def succeed(self) -> None:
+        if self.failures:
+            self.failures = 0
+            self.open_seconds = 0.0
+        self.trying = False
+
+    def fail(self, now: float) -> None:
+        self.trying = False
+        self.failures += 1
+        if self.failures >= FAILURES_THAT_OPEN:
+            self.open_seconds = min(LONGEST_OPEN_SECONDS, max(SHORTEST_OPEN_SECONDS, self.open_seconds * 2))
+            # Not all routers of a site come back to it in the same moment.
+            self.open_until = now + self.open_seconds * random.uniform(0.8, 1.2)  # noqa: S311
+
+    def forget(self) -> None:
+        """Nothing is known of the request that was let through: its client left."""
+        self.trying = False
+
+
+class Replica:
+    """`error`: why it is not ready, in words for everyone; None when it is. `reason`: what its log says, for those
+    with a key. `closed`: its keeper, or an operator, says that nothing may be sent to it.
+    """
+
+    def __init__(self, name: str, endpoint: Endpoint, model: str, *, local: bool, ca: Path | None = None) -> None:
+        """`name`: the model's key for its own engine, else host:port. `model`: the name that the server knows."""
+        self.name = name
+        self.endpoint = endpoint
+        self.model = model
+        self.local = local
+        self.closed: str | None = None
+        self.error: str | None = "not looked at yet"
+        self.reason: str | None = None
+        self.in_flight = 0
+        self.breaker = Breaker()
+        self.context_length: int | None = None  # tokens, as the server itself says
+        self.idle: list[UpstreamConnection] = []
+        parts = urlsplit(endpoint.url)
+        self.host = parts.hostname or ""
+        self.tls = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
+        self.port = parts.port or (443 if self.tls else 80)
+        key = f"authorization: Bearer {endpoint.api_key}\r\n" if endpoint.api_key else ""
+        self.path = parts.path.encode("ascii")
+        self.fixed_headers = f"host: {parts.netloc}\r\n{key}".encode("ascii")
+
+    @property
+    def problem(self) -> str | None:
+        return self.closed or self.error
+
+    @property
+    def ready(self) -> bool:
+        return self.problem is None
+
+    def take(self, now: float) -> "UpstreamConnection | None":
+        """A connection that is open and idle, the one used last."""
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.is_usable(now):
+                return connection
+            connection.close()
+        return None
+
+    async def connect(self) -> "UpstreamConnection":
+        """Raises OSError (TimeoutError and ssl.SSLError are such)."""
+        from vllm_unified.router.upstream import UpstreamConnection
+
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: UpstreamConnection(self), self.host, self.port, ssl=self.tls
+            )
+        return connection
+
+    def close_idle(self, before: float = math.inf) -> None:
+        """Close the connections that are idle since `before`."""
+        for connection in [each for each in self.idle if each.idle_since < before]:
+            self.idle.remove(connection)
+            connection.close()

@@ -1,0 +1,459 @@
+"""The listening side: HTTP/1.1 from a client's socket to a `Request`, and an answer back.
+
+Ours because every byte of every answer passes here. What is not forwarded to a model goes to an ASGI application.
+"""
+
+import asyncio
+import collections
+import contextlib
+import http
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
+from typing import Protocol, cast
+from urllib.parse import unquote_to_bytes
+
+import httptools
+
+from vllm_unified.router.keys import Key
+from vllm_unified.router.problems import RequestError
+
+HEAD_SECONDS = 30.0
+BODY_SECONDS = 60.0
+SLOWEST_BODY = 64 * 1024  # bytes a second, beyond BODY_SECONDS
+IDLE_SECONDS = 75.0
+# A client that takes nothing of its answer for so long is gone.
+STALLED_SECONDS = 120.0
+# After an answer that came before the request's end, what still comes is thrown away for so long.
+LINGERING_SECONDS = 10.0
+DISCARDED_BODIES = 8  # of the largest size
+LONGEST_HEAD = 64 * 1024
+LONGEST_TARGET = 16 * 1024
+# What a client may send ahead of the answer to its last request.
+LONGEST_PIPELINE = 256 * 1024
+# A refused request with no more than this to come is read to its end, and its connection used again.
+SMALL_BODY = 256 * 1024
+BACKLOG = 1024
+
+STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in http.HTTPStatus
+}
+Headers = list[tuple[bytes, bytes]]
+log = logging.getLogger(__name__)
+
+
+def status_line(status: int) -> bytes:
+    return STATUS_LINES.get(status) or f"HTTP/1.1 {status} Unknown\r\n".encode("ascii")
+
+
+class Request:
+    """`path` is percent-decoded, `target` as it came without the query. `headers`: names in lower case."""
+
+    def __init__(self, method: str, target: bytes, version: str, headers: Headers, peer: str, *, keep_alive: bool):
+        self.method = method
+        path, _, self.query = target.partition(b"?")
+        if not path.startswith(b"/"):  # http://host/path, as a proxy is asked
+            path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
+        self.target = path
+        self.path = unquote_to_bytes(path) if b"%" in path else path
+        self.version = version
+        self.headers = headers
+        self.fields = dict(headers)
+        self.peer = peer
+        self.keep_alive = keep_alive
+        self.body = b""
+        self.key: Key | None = None
+        self.refusal: RequestError | None = None
+        self.started = time.monotonic()
+
+
+class Work(Protocol):
+    """What answers one request on a connection."""
+
+    def client_left(self) -> None: ...
+
+    def pause(self) -> None:
+        """The client takes its answer slower than it comes."""
+
+    def resume(self) -> None: ...
+
+
+class Handler(Protocol):
+    """What the server is for."""
+
+    max_body_bytes: int
+
+    def admit(self, request: Request) -> None:
+        """Called when the head is there, before the body. Raises RequestError; may set `request.key`."""
+
+    def handle(self, request: Request, client: "ClientConnection") -> Work:
+        """Start to answer. It may be over when this returns."""
+
+    def extra_headers(self, request: Request) -> bytes:
+        """Lines of the head of every answer to it."""
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client's connection: one request is answered at a time, in the order in which they came."""
+
+    def __init__(self, server: "Server") -> None:
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self.peer = ""
+        self.deadline = 0.0
+        self._in_head = False
+        self._head_size = 0
+        self._target = b""
+        self._headers: Headers = []
+        self._reading: Request | None = None  # its body is still to come
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._discarding = False
+        self._lingering = False
+        self._thrown_away = 0
+        self._may_throw_away = LONGEST_HEAD
+        self._pipeline: collections.deque[Request] = collections.deque()
+        self._pipelined_bytes = 0
+        self._request: Request | None = None  # being answered
+        self._work: Work | None = None
+
+    # --- the answer ---
+
+    @property
+    def request(self) -> Request:
+        if self._request is None:
+            raise RuntimeError("nothing is being answered")
+        return self._request
+
+    @property
+    def is_gone(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """The head of an answer to the current request."""
+        request = self.request
+        lines = [status_line(status), self._server.date_line, self._server.handler.extra_headers(request)]
+        for name, value in headers:
+            lines += (name, b": ", value, b"\r\n")
+        if not request.keep_alive:
+            lines.append(b"connection: close\r\n")
+        elif request.version == "1.0":
+            lines.append(b"connection: keep-alive\r\n")
+        lines.append(b"\r\n")
+        return b"".join(lines)
+
+    def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """The whole answer at once."""
+        head = self.head(status, [*headers, (b"content-length", str(len(body)).encode())])
+        self.write(head if self.request.method == "HEAD" else head + body)
+        self.done()
+
+    def done(self) -> None:
+        """The answer was written whole."""
+        request, self._request, self._work = self._request, None, None
+        if self._transport is None or request is None:
+            return
+        if not request.keep_alive or self._server.is_closing:
+            if self._reading is None:
+                self._transport.close()
+            else:
+                self._linger()
+        elif self._pipeline:
+            self._request = self._pipeline.popleft()
+            # Not from here: an answer that is there at once would call us again, once for each in the queue.
+            asyncio.get_running_loop().call_soon(self._start, self._request)
+        else:
+            self.deadline = time.monotonic() + IDLE_SECONDS
+
+    def abort(self) -> None:
+        """Cut the connection: an answer that is not whole must not look whole."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close_if_idle(self) -> None:
+        if self._work is None and self._reading is None and not self._pipeline and self._transport is not None:
+            self._transport.close()
+
+    def expire(self) -> None:
+        """`deadline` has passed."""
+        self.deadline = 0.0
+        if self._work is None and not self._lingering and (self._reading is not None or self._in_head):
+            seconds = HEAD_SECONDS if self._in_head else BODY_SECONDS
+            self._refuse(RequestError(408, f"the request did not come within {seconds:g} s", code="request_timeout"))
+        else:
+            self.abort()
+
+    # --- called by the event loop ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        name = transport.get_extra_info("peername")
+        self.peer = name[0] if isinstance(name, tuple) else ""
+        self.deadline = time.monotonic() + HEAD_SECONDS
+        self._server.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._server.forget(self)
+        self._pipeline.clear()
+        work, self._work = self._work, None
+        if work is not None:
+            work.client_left()
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            self._thrown_away += len(data)
+            if self._thrown_away > self._may_throw_away:
+                self.abort()
+            return
+        if self._in_head:
+            self._head_size += len(data)
+            if self._head_size > LONGEST_HEAD:
+                self._refuse_head()
+                return
+        if self._request is not None:
+            self._pipelined_bytes += len(data)
+            if self._pipelined_bytes > LONGEST_PIPELINE:
+                self.abort()
+                return
+        while data:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                # Java's client asks for HTTP/2 with its first request, and takes an answer in HTTP/1.1.
+                self._parser = httptools.HttpRequestParser(self)
+                data = data[upgrade.args[0] :]
+            except httptools.HttpParserError as error:
+                if not self._lingering:
+                    what = str(error.__context__ or error)
+                    self._refuse(RequestError(400, f"not a request of HTTP/1.1: {what}", code="bad_request"))
+                return
+
+    def eof_received(self) -> bool | None:
+        return None  # half closed is closed, as it is for most servers: nothing else tells that a client left
+
+    def pause_writing(self) -> None:
+        self.deadline = time.monotonic() + STALLED_SECONDS
+        if self._work is not None:
+            self._work.pause()
+
+    def resume_writing(self) -> None:
+        self.deadline = 0.0 if self._request is not None else time.monotonic() + IDLE_SECONDS
+        if self._work is not None:
+            self._work.resume()
+
+    # --- called by the parser ---
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._head_size = 0
+        self._target = b""
+        self._headers = []
+        if self._request is None:
+            self.deadline = time.monotonic() + HEAD_SECONDS
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        parser = self._parser
+        request = Request(
+            parser.get_method().decode("ascii"),
+            self._target,
+            parser.get_http_version(),
+            self._headers,
+            self.peer,
+            keep_alive=parser.should_keep_alive() and not self._server.is_closing,
+        )
+        self._reading = request
+        self._body = []
+        self._body_size = 0
+        self._discarding = False
+        to_come = int(request.fields.get(b"content-length", b"0"))
+        chunked = b"transfer-encoding" in request.fields
+        try:
+            self._check(request, to_come)
+            self._server.handler.admit(request)
+        except RequestError as refusal:
+            request.refusal = refusal
+            self._discarding = True
+        waits = request.fields.get(b"expect", b"").lower() == b"100-continue" and request.version != "1.0"
+        if self._request is not None:
+            return
+        if request.refusal is not None and (chunked or to_come > SMALL_BODY or waits):
+            self._refuse(request.refusal)
+        elif to_come or chunked:
+            longest = self._server.handler.max_body_bytes if chunked else to_come
+            self.deadline = time.monotonic() + BODY_SECONDS + longest / SLOWEST_BODY
+            if waits:
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _check(self, request: Request, to_come: int) -> None:
+        head_size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+        if len(self._target) > LONGEST_TARGET:
+            raise RequestError(414, f"the path is longer than {LONGEST_TARGET >> 10} KiB", code="uri_too_long")
+        if head_size > LONGEST_HEAD:
+            raise _head_too_large()
+        if request.version not in ("1.1", "1.0"):
+            raise RequestError(505, "speak HTTP/1.1", code="http_version_not_supported")
+        if to_come > self._server.handler.max_body_bytes:
+            raise self._body_too_large()
+
+    def on_body(self, data: bytes) -> None:
+        self._body_size += len(data)
+        if self._discarding:
+            return
+        if self._body_size > self._server.handler.max_body_bytes:
+            self._body.clear()
+            self._discarding = True
+            if self._reading is not None:
+                self._reading.refusal = self._body_too_large()
+                if self._request is None:
+                    self._refuse(self._reading.refusal)
+            return
+        self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        request, self._reading = self._reading, None
+        if request is None or self._lingering:
+            return
+        if self._body:
+            request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            self._body = []
+        if self._request is None:
+            self._request = request
+            self._start(request)
+        else:
+            self._pipeline.append(request)
+
+    # --- inside ---
+
+    def _start(self, request: Request) -> None:
+        if self._transport is None:
+            return
+        self.deadline = 0.0
+        self._pipelined_bytes = 0
+        if request.refusal is not None:
+            self._answer_error(request.refusal)
+            return
+        work = self._server.handler.handle(request, self)
+        if self._request is request:  # else it is answered already
+            self._work = work
+
+    def _refuse_head(self) -> None:
+        self._refuse(_head_too_large())
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer a request that has not come whole, and take no further one."""
+        if self._request is not None:  # an earlier one is being answered, and its answer goes first
+            self._request.keep_alive = False
+            self._pipeline.clear()
+            self._lingering = True
+            return
+        if self._reading is not None:
+            self._may_throw_away = DISCARDED_BODIES * self._server.handler.max_body_bytes
+        self._request = self._reading or Request("GET", b"/", "1.1", [], self.peer, keep_alive=False)
+        self._request.keep_alive = False
+        self._reading = self._request
+        self._answer_error(error)
+
+    def _answer_error(self, error: RequestError) -> None:
+        self._server.refused(error)
+        self.answer(error.status, error.wire_headers(), error.body())
+
+    def _linger(self) -> None:
+        """A client that still sends would not read an answer before a closed connection."""
+        self._lingering = True
+        self._reading = None
+        self._body = []
+        self.deadline = time.monotonic() + LINGERING_SECONDS
+        if self._transport is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _body_too_large(self) -> RequestError:
+        limit = self._server.handler.max_body_bytes >> 20
+        return RequestError(413, f"the body is larger than {limit} MiB (router.max_body_mib)", code="request_too_large")
+
+
+def _head_too_large() -> RequestError:
+    return RequestError(431, f"the headers are larger than {LONGEST_HEAD >> 10} KiB", code="headers_too_large")
+
+
+class Server:
+    """Listens, and looks each second for what takes too long. `refused` is told of every error before a model."""
+
+    def __init__(self, handler: Handler, refused: Callable[[RequestError], None] = lambda _: None) -> None:
+        self.handler = handler
+        self.refused = refused
+        self.connections: set[ClientConnection] = set()
+        self.is_closing = False
+        self.date_line = b""
+        self._empty = asyncio.Event()  # of connections, once it is closing
+        self._listening: asyncio.Server | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    async def listen(self, host: str, port: int) -> None:
+        """Raises OSError when the port is taken."""
+        loop = asyncio.get_running_loop()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # A client whose machine vanished is noticed; accepted sockets inherit it.
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+            listening.bind((host, port))
+        except OSError:
+            listening.close()
+            raise
+        self._tick(time.monotonic())
+        self._listening = await loop.create_server(lambda: ClientConnection(self), sock=listening, backlog=BACKLOG)
+        self._ticking = loop.create_task(self._tick_for_ever())
+
+    async def close(self, seconds: float) -> None:
+        """Take no new connection, and let what is being answered end within `seconds`."""
+        self.is_closing = True
+        if self._listening is not None:
+            self._listening.close()
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        if self.connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
+        for connection in list(self.connections):
+            connection.abort()
+        await asyncio.sleep(0)
+        if self._ticking is not None:
+            self._ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticking
+
+    def forget(self, connection: ClientConnection) -> None:
+        self.connections.discard(connection)
+        if self.is_closing and not self.connections:
+            self._empty.set()
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self._tick(time.monotonic())
+
+    def _tick(self, now: float) -> None:
+        self.date_line = f"date: {formatdate(usegmt=True)}\r\n".encode("ascii")
+        for connection in list(self.connections):
+            if connection.deadline and connection.deadline < now:
+                connection.expire()

@@ -1,0 +1,172 @@
+"""The router as a whole: who is let in, what is forwarded, what goes to the FastAPI application, and its life."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from starlette.types import ASGIApp
+
+from vllm_unified.errors import UserError
+from vllm_unified.router import health
+from vllm_unified.router.asgi import AsgiWork
+from vllm_unified.router.forward import Exchange, Forwarding
+from vllm_unified.router.keys import KeyRing
+from vllm_unified.router.problems import RequestError
+from vllm_unified.router.record import Record
+from vllm_unified.router.registry import Registry
+from vllm_unified.router.replica import Replica
+from vllm_unified.router.routes import BY_PATH
+from vllm_unified.router.server import ClientConnection, Request, Server, Work
+from vllm_unified.router.usage import Usage
+from vllm_unified.settings import Settings
+
+OPEN_PATHS = frozenset({b"/live", b"/ready", b"/health"})
+FLUSH_SECONDS = 0.5
+PREFLIGHT_SECONDS = b"600"
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """A `Handler` of the server. `app` is set once it is made, since it shows what is here."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises UserError when there is no API key."""
+        self.settings = settings
+        self.registry = Registry(settings)
+        self.usage = Usage(settings.home / "data" / "usage.db")
+        self.keys = KeyRing(settings.require_api_key(), settings.home, self.usage)
+        self.max_body_bytes = settings.router.max_body_mib << 20
+        self.forwarding = Forwarding(self.registry, settings.run, settings.router.retries, self.max_body_bytes)
+        self.forwarding.notes.append(self._note_usage)
+        self.app: ASGIApp | None = None
+        self.server = Server(self)
+
+    def replicas(self) -> Iterator[Replica]:
+        for served in self.registry.served:
+            yield from served.replicas
+
+    # --- a request, from its head on ---
+
+    def admit(self, request: Request) -> None:
+        if request.path in OPEN_PATHS or _is_preflight(request):
+            return
+        try:
+            request.key = self.keys.authenticate(_token(request))
+        except RequestError as error:
+            route = BY_PATH.get(request.path)
+            error.shape = route.errors if route else "openai"
+            raise
+
+    def handle(self, request: Request, client: ClientConnection) -> Work:
+        route = BY_PATH.get(request.path)
+        if route is not None and request.key is not None and request.method == "POST":
+            exchange = Exchange(self.forwarding, request, client, route, request.key)
+            exchange.start()
+            return exchange
+        if self.app is None:
+            raise RuntimeError("no application")
+        return AsgiWork(self.app, request, client)
+
+    def extra_headers(self, request: Request) -> bytes:
+        """What lets a web page of an allowed origin read the answer."""
+        origin = request.fields.get(b"origin")
+        allowed = self.settings.router.cors_origins
+        if origin is None or not allowed:
+            return b""
+        if "*" not in allowed and origin.decode("latin-1") not in allowed:
+            return b"vary: origin\r\n"
+        lines = [b"access-control-allow-origin: ", origin, b"\r\nvary: origin\r\n"]
+        if _is_preflight(request):
+            asked = request.fields.get(b"access-control-request-headers", b"authorization, content-type")
+            lines += [b"access-control-allow-methods: GET, POST, OPTIONS\r\naccess-control-allow-headers: ", asked]
+            lines += [b"\r\naccess-control-max-age: ", PREFLIGHT_SECONDS, b"\r\n"]
+        else:
+            lines.append(b"access-control-expose-headers: x-request-id, x-error-source, x-served-by, retry-after\r\n")
+        return b"".join(lines)
+
+    def _note_usage(self, record: Record) -> None:
+        if record.model:
+            self.usage.note(
+                record.key,
+                record.model,
+                error=bool(record.error),
+                prompt_tokens=record.prompt_tokens,
+                completion_tokens=record.completion_tokens,
+                seconds=record.ended - record.started,
+            )
+
+    # --- its life ---
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """What goes on beside the requests."""
+        tasks = [
+            asyncio.create_task(work)
+            for work in (
+                health.watch(self.replicas, self.settings.run, lambda: self.settings.router.health_check_interval),
+                self.keys.watch(),
+                self.usage.run(),
+                _each(1.0, lambda: self.forwarding.tick(time.monotonic())),
+            )
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for replica in self.replicas():
+                replica.close_idle()
+            self.usage.close()
+
+    async def serve(self) -> None:
+        """Until SIGTERM or SIGINT; then what is being answered ends within `system.drain_timeout`."""
+        host, port = self.settings.environment.router_host, self.settings.router.port
+        ending = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, ending.set)
+        async with self.running():
+            try:
+                await self.server.listen(host, port)
+            except OSError as error:
+                raise UserError(f"router.port: {host}:{port}: {error.strerror or error}") from None
+            log.info("listening on %s:%s", host, port)
+            await ending.wait()
+            await self.server.close(self.settings.system.drain_timeout)
+
+
+def run(router: Router) -> None:
+    """Raises UserError when it cannot listen."""
+    import uvloop
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:  # each request in flight holds two files
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    uvloop.run(router.serve())
+
+
+def _token(request: Request) -> bytes | None:
+    scheme, _, given = request.fields.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer" and given:
+        return given.strip()
+    return request.fields.get(b"x-api-key")  # as Anthropic's clients send it
+
+
+def _is_preflight(request: Request) -> bool:
+    return request.method == "OPTIONS" and b"access-control-request-method" in request.fields
+
+
+async def _each(seconds: float, work: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            work()
+        except Exception:
+            log.exception("a regular look at the requests failed")
