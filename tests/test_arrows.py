@@ -64,6 +64,6 @@ def test_light_rooms_stay_light(module: str) -> None:
     """`check`, `plan` and `show` answer in a blink, and a keeper costs little memory."""
     program = f"import sys, vllm_unified.{module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert {"fastapi", "starlette", "uvicorn", "aiohttp", "vllm", "torch"}.isdisjoint(loaded)
+    assert {"fastapi", "starlette", "uvloop", "httptools", "vllm", "torch"}.isdisjoint(loaded)
     if module == "engines.keeper":  # one beside every engine, for months
         assert {"pydantic", "click", "yaml", "dotenv", "rich"}.isdisjoint(loaded)

@@ -231,12 +231,14 @@ def engine(project: Project, name: str) -> None:
 @click.pass_obj
 def router(project: Project) -> None:
     """Serve the router, until SIGTERM. supervisord runs this."""
+    from vllm_unified.operations import Operations
     from vllm_unified.router.app import create_app
     from vllm_unified.router.serving import Router, run
 
     _end_with_supervisord()
-    serving = Router(project.settings())
-    serving.app = create_app(serving)
+    settings = project.settings()
+    serving = Router(settings)
+    serving.app = create_app(serving, Operations(settings.file, settings.home, project.environ))
     run(serving)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,9 +34,10 @@ class Deployment:
             if behaviour is not None:
                 self.start_engine(key, behaviour)
         environ = {**os.environ, "VLLM_UNIFIED_HOME": str(self.project.home), "VLLM_API_KEY": API_KEY}
-        self.processes["router"] = subprocess.Popen(
-            [sys.executable, "-m", "vllm_unified", "router"], env=environ, cwd=CHECKOUT, stderr=subprocess.DEVNULL
-        )
+        with self.log.open("ab") as log:
+            self.processes["router"] = subprocess.Popen(
+                [sys.executable, "-m", "vllm_unified", "router"], env=environ, cwd=CHECKOUT, stdout=log, stderr=log
+            )
         with self.client() as client:
             eventually(lambda: is_alive(client), 60)
             running = [key for key, behaviour in fake.items() if behaviour is not None]
@@ -53,6 +55,11 @@ class Deployment:
         process = self.processes.pop(key)
         process.kill()
         process.wait()
+
+    @property
+    def log(self) -> Path:
+        """What the router wrote: its access log and its own words."""
+        return self.project.home / "router.log"
 
     @property
     def url(self) -> str:

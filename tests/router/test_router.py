@@ -102,7 +102,7 @@ BAD_BODIES: list[tuple[bytes, int, str]] = [
     (b'{"model": ["chat"]}', 400, "invalid_type"),
     (b'{"model": "../../etc/passwd"}', 404, "model_not_found"),
     (b'{"model": ""}', 404, "model_not_found"),
-    (b'{"model": "\\ud800"}', 404, "model_not_found"),
+    (b'{"model": "\\ud800"}', 400, "invalid_json"),
     (b'{"model": "' + b"x" * 100_000 + b'"}', 404, "model_not_found"),
     (b'{"model": "embedding"}', 400, "wrong_model_type"),
     (b'{"model": "chat", "x": "' + b"y" * 50_000_000 + b'"}', 413, "request_too_large"),
@@ -145,7 +145,7 @@ def test_several_of_a_kind_need_a_name(deployment: Deployment) -> None:
         ("GET", "/v1/%2e%2e/%2e%2e/etc/passwd", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("GET", "/docs", 404),
+        ("GET", "/redoc", 404),
     ],
 )
 def test_paths_that_are_not_there(client: httpx.Client, method: str, path: str, status: int) -> None:

@@ -13,7 +13,7 @@ from vllm_unified.engines import placement
 from vllm_unified.engines.command import engine_command
 from vllm_unified.engines.handover import orders_for
 from vllm_unified.engines.orders import Orders
-from vllm_unified.router.app import create_app
+from vllm_unified.router.registry import Registry
 from vllm_unified.settings import Settings, load
 from vllm_unified.settings.environment import OWN_VARIABLES
 from vllm_unified.settings.schema import (
@@ -70,9 +70,9 @@ def of_router(field: str) -> Effect:
     return lambda settings: getattr(settings.router, field)
 
 
-def routed(settings: Settings) -> Any:
-    application = create_app(settings)
-    return [each.kwargs for each in application.user_middleware]
+def routed(settings: Settings) -> bytes:
+    """What the router says to an engine in every request."""
+    return Registry(settings).served[0].replicas[0].fixed_headers
 
 
 MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {

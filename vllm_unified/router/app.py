@@ -10,15 +10,21 @@ from starlette.exceptions import HTTPException
 
 from vllm_unified import __version__, state
 from vllm_unified.devices import read_devices
+from vllm_unified.router.admin import Operations, add_admin, require_admin
+from vllm_unified.router.docs import add_docs
+from vllm_unified.router.engine_metrics import merged, sd_document
+from vllm_unified.router.metrics import CONTENT_TYPE
+from vllm_unified.router.models import model_entry, model_list
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.registry import Served
 from vllm_unified.router.routes import ROUTES
-from vllm_unified.router.serving import Router
+from vllm_unified.router.serving import OPEN_PATHS, Router
+from vllm_unified.router.upstream import fetch
 from vllm_unified.router.usage import add_usage
 from vllm_unified.settings import Settings
 
 
-def create_app(router: Router) -> FastAPI:
+def create_app(router: Router, operations: Operations) -> FastAPI:
     # The documentation pages of FastAPI load their scripts from a CDN, which a closed network has not.
     app = FastAPI(title="vllm-unified", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -26,7 +32,10 @@ def create_app(router: Router) -> FastAPI:
     app.add_exception_handler(Exception, _answer_exception)
     _add_health(app, router)
     _add_information(app, router)
+    _add_metrics(app, router)
     add_usage(app, router.usage)
+    add_admin(app, router, operations)
+    add_docs(app, router.registry, [path.decode("ascii") for path in OPEN_PATHS])
     for route in ROUTES:  # POST never comes here
         app.add_api_route(route.path, _post_only, methods=["GET"], include_in_schema=False)
     return app
@@ -75,13 +84,12 @@ def _add_information(app: FastAPI, router: Router) -> None:
     started = int(time.time())
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        entries = [
-            {"id": name, "object": "model", "created": started, "owned_by": "vllm-unified", "root": each.model.name}
-            for each in router.registry.served
-            for name in each.model.names
-        ]
-        return {"object": "list", "data": entries}
+    def models(request: Request) -> dict[str, Any]:
+        return model_list(router.registry, request.state.key, router.settings, started)
+
+    @app.get("/v1/models/{name:path}")
+    def model(request: Request, name: str) -> dict[str, Any]:
+        return model_entry(name, router.registry, request.state.key, router.settings, started)
 
     @app.get("/models")
     async def models_with_ports(request: Request) -> dict[str, Any]:
@@ -98,10 +106,23 @@ def _add_information(app: FastAPI, router: Router) -> None:
         return {"gpu_info": _gpu_info(settings), "processes": _processes(settings), "config": _public_config(settings)}
 
 
-def require_admin(request: Request) -> None:
-    """Raises RequestError 403."""
-    if not request.state.key.admin:
-        raise RequestError(403, f"{request.url.path} is for admin keys", code="permission_denied")
+def _add_metrics(app: FastAPI, router: Router) -> None:
+    """For admin keys: they tell the names of all models and keys."""
+
+    @app.get("/metrics")
+    def metrics(request: Request) -> Response:
+        require_admin(request)
+        return Response(router.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/metrics/engines")
+    async def engine_metrics(request: Request) -> Response:
+        require_admin(request)
+        return Response(await merged(router.registry, fetch), media_type=CONTENT_TYPE)
+
+    @app.get("/sd")
+    async def service_discovery(request: Request) -> list[dict[str, Any]]:
+        require_admin(request)
+        return sd_document(router.registry, router.settings.router_url.removeprefix("http://"))
 
 
 def _gpu_info(settings: Settings) -> dict[str, Any]:

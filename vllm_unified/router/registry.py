@@ -101,6 +101,7 @@ class Registry:
 
     def apply(self, settings: Settings) -> None:
         known = {served.model.key: served for served in self.served}
+        before_all = {replica for served in self.served for replica in served.replicas}
         served = []
         for model in settings.models:
             before = known.get(model.key)
@@ -110,6 +111,8 @@ class Registry:
             served.append(before or Served(model, replicas))
         self.served = tuple(served)
         self._by_name = {name: each for each in served for name in each.model.names}
+        for gone in before_all.difference(each for one in served for each in one.replicas):
+            gone.close_idle()
 
     @property
     def names(self) -> tuple[str, ...]:

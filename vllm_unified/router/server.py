@@ -10,7 +10,7 @@ import http
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from email.utils import formatdate
 from typing import Protocol, cast
 from urllib.parse import unquote_to_bytes
@@ -90,6 +90,9 @@ class Handler(Protocol):
 
     def handle(self, request: Request, client: "ClientConnection") -> Work:
         """Start to answer. It may be over when this returns."""
+
+    def refused(self, request: Request, error: RequestError) -> None:
+        """The server answered it by itself; `handle` is not called."""
 
     def extra_headers(self, request: Request) -> bytes:
         """Lines of the head of every answer to it."""
@@ -370,7 +373,7 @@ class ClientConnection(asyncio.Protocol):
         self._answer_error(error)
 
     def _answer_error(self, error: RequestError) -> None:
-        self._server.refused(error)
+        self._server.handler.refused(self.request, error)
         self.answer(error.status, error.wire_headers(), error.body())
 
     def _linger(self) -> None:
@@ -392,11 +395,10 @@ def _head_too_large() -> RequestError:
 
 
 class Server:
-    """Listens, and looks each second for what takes too long. `refused` is told of every error before a model."""
+    """Listens, and looks each second for what takes too long."""
 
-    def __init__(self, handler: Handler, refused: Callable[[RequestError], None] = lambda _: None) -> None:
+    def __init__(self, handler: Handler) -> None:
         self.handler = handler
-        self.refused = refused
         self.connections: set[ClientConnection] = set()
         self.is_closing = False
         self.date_line = b""

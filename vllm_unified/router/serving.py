@@ -13,9 +13,11 @@ from starlette.types import ASGIApp
 
 from vllm_unified.errors import UserError
 from vllm_unified.router import health
+from vllm_unified.router.access_log import AccessLog
 from vllm_unified.router.asgi import AsgiWork
 from vllm_unified.router.forward import Exchange, Forwarding
 from vllm_unified.router.keys import KeyRing
+from vllm_unified.router.metrics import Metrics
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.record import Record
 from vllm_unified.router.registry import Registry
@@ -25,7 +27,9 @@ from vllm_unified.router.server import ClientConnection, Request, Server, Work
 from vllm_unified.router.usage import Usage
 from vllm_unified.settings import Settings
 
-OPEN_PATHS = frozenset({b"/live", b"/ready", b"/health"})
+# The documentation is read by browsers, which have no key; it shows nothing of this deployment but model names.
+OPEN_PATHS = frozenset({b"/live", b"/ready", b"/health", b"/docs", b"/openapi.json"})
+OPEN_FOLDER = b"/docs/"
 FLUSH_SECONDS = 0.5
 PREFLIGHT_SECONDS = b"600"
 
@@ -43,9 +47,23 @@ class Router:
         self.keys = KeyRing(settings.require_api_key(), settings.home, self.usage)
         self.max_body_bytes = settings.router.max_body_mib << 20
         self.forwarding = Forwarding(self.registry, settings.run, settings.router.retries, self.max_body_bytes)
-        self.forwarding.notes.append(self._note_usage)
         self.app: ASGIApp | None = None
         self.server = Server(self)
+        self.metrics = Metrics(self.registry, lambda: len(self.server.connections))
+        self.access_log = AccessLog(sys.stdout.buffer, self.registry)
+        self._take_notes()
+
+    def apply(self, settings: Settings) -> None:
+        """Go on with other settings; nothing that is in flight notices."""
+        self.settings = settings
+        self.registry.apply(settings)
+        self.max_body_bytes = self.forwarding.max_body_bytes = settings.router.max_body_mib << 20
+        self.forwarding.retries = settings.router.retries
+        self._take_notes()
+
+    def _take_notes(self) -> None:
+        logged = [self.access_log.note] if self.settings.router.access_log else []
+        self.forwarding.notes = [self.metrics.note, self._note_usage, *logged]
 
     def replicas(self) -> Iterator[Replica]:
         for served in self.registry.served:
@@ -54,7 +72,7 @@ class Router:
     # --- a request, from its head on ---
 
     def admit(self, request: Request) -> None:
-        if request.path in OPEN_PATHS or _is_preflight(request):
+        if request.path in OPEN_PATHS or request.path.startswith(OPEN_FOLDER) or _is_preflight(request):
             return
         try:
             request.key = self.keys.authenticate(_token(request))
@@ -72,6 +90,14 @@ class Router:
         if self.app is None:
             raise RuntimeError("no application")
         return AsgiWork(self.app, request, client)
+
+    def refused(self, request: Request, error: RequestError) -> None:
+        route = BY_PATH.get(request.path)
+        key = request.key.name if request.key else ""
+        request_id = self.forwarding.new_id().decode("ascii")
+        record = Record(request_id, route.path if route else "", key, request.peer, request.started, 0)
+        record.status, record.error, record.ended = error.status, error.owner, time.monotonic()
+        self.forwarding.note(record)
 
     def extra_headers(self, request: Request) -> bytes:
         """What lets a web page of an allowed origin read the answer."""
@@ -113,6 +139,7 @@ class Router:
                 self.keys.watch(),
                 self.usage.run(),
                 _each(1.0, lambda: self.forwarding.tick(time.monotonic())),
+                _each(FLUSH_SECONDS, self.access_log.flush),
             )
         ]
         try:
@@ -124,6 +151,7 @@ class Router:
             for replica in self.replicas():
                 replica.close_idle()
             self.usage.close()
+            self.access_log.close()
 
     async def serve(self) -> None:
         """Until SIGTERM or SIGINT; then what is being answered ends within `system.drain_timeout`."""
