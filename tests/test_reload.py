@@ -161,6 +161,8 @@ def test_what_is_wrong_is_refused_whole(deployed: Reloaded) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert 'models.chat: nothing reads "wrong"' in done.stderr
     assert (deployed.ask("alias"), deployed.ask("the-chat")) == (404, 200)
+    del deployed.models["chat"]["wrong"]
+    deployed.write()
     assert deployed.pids() == before
 
 
