@@ -45,12 +45,24 @@ def record(
     key: str = "team",
 ) -> Record:
     """`first_byte` and `seconds` are from the start on."""
-    made = Record("id-1", "/v1/chat/completions", key, "127.0.0.1", 100.0, 10)
-    made.model, made.status, made.error, made.stream, made.upstream = model, status, error, stream, upstream
-    made.tries, made.queued, made.ended = tries, queued, 100.0 + seconds
-    made.first_byte = None if first_byte is None else 100.0 + first_byte
-    made.prompt_tokens, made.completion_tokens = tokens
-    return made
+    return Record(
+        "",
+        "id-1",
+        "127.0.0.1",
+        key,
+        "/v1/chat/completions",
+        model=model,
+        status=status,
+        error=error,
+        stream=stream,
+        upstream=upstream,
+        tries=tries,
+        queued_us=int(queued * 1e6),
+        first_byte_us=None if first_byte is None else int(first_byte * 1e6),
+        duration_us=int(seconds * 1e6),
+        prompt_tokens=tokens[0],
+        completion_tokens=tokens[1],
+    )
 
 
 def samples(metrics: Metrics) -> Samples:
