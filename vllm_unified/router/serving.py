@@ -15,6 +15,7 @@ from vllm_unified.errors import UserError
 from vllm_unified.router import health
 from vllm_unified.router.access_log import AccessLog
 from vllm_unified.router.asgi import AsgiWork
+from vllm_unified.router.docs import DOCS_PATHS
 from vllm_unified.router.forward import Exchange, Forwarding
 from vllm_unified.router.keys import KeyRing
 from vllm_unified.router.metrics import Metrics
@@ -27,9 +28,9 @@ from vllm_unified.router.server import ClientConnection, Request, Server, Work
 from vllm_unified.router.usage import Usage
 from vllm_unified.settings import Settings
 
+HEALTH_PATHS = frozenset({"/live", "/ready", "/health"})
 # The documentation is read by browsers, which have no key; it shows nothing of this deployment but model names.
-OPEN_PATHS = frozenset({b"/live", b"/ready", b"/health", b"/docs", b"/openapi.json"})
-OPEN_FOLDER = b"/docs/"
+OPEN_PATHS = frozenset(path.encode("ascii") for path in HEALTH_PATHS | DOCS_PATHS)
 FLUSH_SECONDS = 0.5
 PREFLIGHT_SECONDS = b"600"
 
@@ -72,7 +73,7 @@ class Router:
     # --- a request, from its head on ---
 
     def admit(self, request: Request) -> None:
-        if request.path in OPEN_PATHS or request.path.startswith(OPEN_FOLDER) or _is_preflight(request):
+        if request.path in OPEN_PATHS or _is_preflight(request):
             return
         try:
             request.key = self.keys.authenticate(_token(request))
