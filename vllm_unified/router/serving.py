@@ -50,7 +50,7 @@ class Router:
         self.app: ASGIApp | None = None
         self.server = Server(self)
         self.metrics = Metrics(self.registry, lambda: len(self.server.connections))
-        self.access_log = AccessLog(sys.stdout.buffer, self.registry)
+        self.access_log = AccessLog(sys.stdout.buffer)
         self._take_notes()
 
     def apply(self, settings: Settings) -> None:
@@ -95,15 +95,16 @@ class Router:
         route = BY_PATH.get(request.path)
         key = request.key.name if request.key else ""
         request_id = self.forwarding.new_id().decode("ascii")
-        record = Record(request_id, route.path if route else "", key, request.peer, request.started, 0)
-        record.status, record.error, record.ended = error.status, error.owner, time.monotonic()
+        record = Record("", request_id, request.peer, key, route.path if route else "")
+        record.status, record.error = error.status, error.owner
+        record.duration_us = int((time.monotonic() - request.started) * 1e6)
         self.forwarding.note(record)
 
-    def extra_headers(self, request: Request) -> bytes:
+    def cors_headers(self, request: Request) -> bytes:
         """What lets a web page of an allowed origin read the answer."""
-        origin = request.fields.get(b"origin")
+        origin = request.fields[b"origin"]
         allowed = self.settings.router.cors_origins
-        if origin is None or not allowed:
+        if not allowed:
             return b""
         if "*" not in allowed and origin.decode("latin-1") not in allowed:
             return b"vary: origin\r\n"
@@ -124,7 +125,7 @@ class Router:
                 error=bool(record.error),
                 prompt_tokens=record.prompt_tokens,
                 completion_tokens=record.completion_tokens,
-                seconds=record.ended - record.started,
+                seconds=record.duration_us * 1e-6,
             )
 
     # --- its life ---
