@@ -28,6 +28,7 @@ from benchmarks.router.programs import BenchmarkError, Programs, Server, compile
 ENGINE = "engine itself"
 ENGINE_PORTS = 64
 OPEN_FILES = 16384
+ENDING = (signal.SIGINT, signal.SIGTERM)
 # Requests that clients send in turn, where models or keys are many.
 DISTINCT = 64
 # Of ours alone: name → models, keys.
@@ -151,10 +152,18 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def end(number: int, _frame: object) -> None:
+    """Once: a second signal, as `timeout` sends it, would interrupt the ending of what was started."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     options = arguments()
     sizes = QUICK if options.quick else FULL
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in ENDING:
+        signal.signal(number, end)
     allow_open_files()
     try:
         with compiled() as programs:
@@ -169,8 +178,6 @@ def main() -> None:
             say("--quick: sizes are smaller than the columns say, and the figures mean nothing")
     except BenchmarkError as error:
         sys.exit(f"benchmarks.router: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     if options.json:
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
     if not options.memory and measured["failed"]:
