@@ -42,11 +42,19 @@ def asked_in(body: bytes) -> Asked:
 
 
 def document_in(body: bytes) -> dict[str, Any]:
-    """The whole body, which `asked_in` has taken already."""
-    document = json.loads(body)
+    """The whole body. Raises RequestError 400, also for what `asked_in` has passed over: numbers of 5,000 digits."""
+    document = json_of(body)
     if not isinstance(document, dict):
         raise RequestError(400, "the body must be a JSON object", code="invalid_json")
     return document
+
+
+def json_of(text: bytes) -> Any:
+    """Raises RequestError 400."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
 def with_fields(body: bytes, fields: dict[str, Any]) -> bytes:

@@ -133,7 +133,6 @@ class Exchange:
 
     def start(self) -> None:
         """Everything up to the first try, without waiting where nothing has to be waited for."""
-        self._forwarding.exchanges.add(self)
         try:
             served = self._prepare()
             self._key.enter(self.request.started)
@@ -141,6 +140,7 @@ class Exchange:
             self._refuse(error)
             return
         self._entered = True
+        self._forwarding.exchanges.add(self)
         self._served = served
         if served.model.wait_for_ready and not served.ready:
             self._later(self._enter_when_ready(served))
@@ -245,7 +245,14 @@ class Exchange:
         self._send(connection, replica)
 
     def _send(self, connection: UpstreamConnection, replica: Replica) -> None:
-        body = self._body_for(replica)
+        try:
+            body = self._body_for(replica)
+        except RequestError as error:
+            connection.close()
+            self._release_replica()
+            replica.breaker.forget()
+            self._refuse(error)
+            return
         if not self._forwarded:
             self._forwarded = self._forwarded_headers()
         request = self.request
@@ -435,8 +442,7 @@ class Exchange:
             self._adapted = None
         elif kind.startswith(b"text/event-stream"):
             self._stream = StreamTokens(hide=self._hide_usage)
-            if self._hide_usage:
-                length = None
+            length = None  # of ours there may be less or more: hidden events, comments, an error at the end
         elif kind.startswith(b"application/json"):
             self._answer = AnswerTokens()
         if self._adapted is not None:
@@ -446,7 +452,7 @@ class Exchange:
             answered.append((b"content-length", str(length).encode("ascii")))
         elif self.request.version == "1.0":
             self.request.keep_alive = False
-        elif status != 204:
+        elif status not in (204, 304):
             self._chunked = True
             answered.append((b"transfer-encoding", b"chunked"))
         self._head = self.client.head(status, answered)
@@ -491,9 +497,14 @@ class Exchange:
             record.prompt_tokens, record.completion_tokens = self._answer.counts()
         if self._adapted is not None:
             adapted = self._adapted
+            try:
+                body = adapted.body()
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                self._break_off(f"answered something that is no ranking: {error!r}")
+                return
             self._release_replica()
             self._finish()
-            client.answer(record.status, adapted.head, adapted.body())
+            client.answer(record.status, adapted.head, body)
             return
         last = b"0\r\n\r\n" if self._chunked else b""
         if self._head is not None:
@@ -545,11 +556,14 @@ class Exchange:
             self._write(stream.end() + error.event())
             if self._chunked:
                 client.write(b"0\r\n\r\n")
+        unsent = stream is None and (self._adapted is not None or self._head is not None)
+        if unsent:
+            self.record.status = error.status
         self._release_replica()
         self._finish()
         if stream is not None:
             client.done()
-        elif self._adapted is not None or self._head is not None:  # nothing went out yet
+        elif unsent:
             client.answer(error.status, [*error.wire_headers(), (b"x-request-id", self.request_id)], error.body())
         else:
             client.abort()

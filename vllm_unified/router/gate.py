@@ -53,7 +53,8 @@ class Gate:
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (-priority, self._came, slot))
         try:
-            await asyncio.wait_for(slot, self.queue_timeout)
+            async with asyncio.timeout(self.queue_timeout):  # wait_for of Python 3.11 may lose a cancellation
+                await slot
         except TimeoutError:
             if slot.done() and not slot.cancelled():  # it came in the same moment
                 return

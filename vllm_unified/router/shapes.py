@@ -84,7 +84,7 @@ def _rerank(body: bytes) -> tuple[bytes, Answer | None]:
     answer = _WithoutDocuments() if fields.return_documents is False else None
     documents = fields.documents
     if isinstance(documents, msgspec.Raw) and bytes(documents)[:200].lstrip(b"[ \t\r\n").startswith(b"{"):
-        given = json.loads(bytes(documents))
+        given = bodies.json_of(bytes(documents))
         if isinstance(given, list) and all(isinstance(each, dict) and _is_text(each) for each in given):
             body = bodies.with_fields(body, {"documents": [each["text"] for each in given]})
     return body, answer
