@@ -57,8 +57,12 @@ class UpstreamConnection(asyncio.Protocol):
             transport.write(head)
             transport.write(body)
 
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
     def is_usable(self, now: float) -> bool:
-        return self._transport is not None and not self._transport.is_closing() and now - self.idle_since < IDLE_SECONDS
+        return self.is_open and now - self.idle_since < IDLE_SECONDS
 
     def close(self) -> None:
         """End it at once; the server notices, and drops what it was doing."""
@@ -157,7 +161,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.used += 1
         transport = self._transport
         if transport is not None and not transport.is_closing():
-            if self._reusable:
+            if self._reusable and not self.replica.retired:
                 self.idle_since = time.monotonic()
                 if self._paused:
                     self.resume_reading()
