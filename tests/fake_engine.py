@@ -9,9 +9,15 @@ behaves; every field may be left out:
     ignore_sigterm: true                               chunk_seconds: pause between the chunks of a stream
     hang: true, so that POST requests are never answered; SIGUSR1 does the same later on
     busy_seconds: what a POST takes, during which no counter moves
-    refuse: status of every answer to a POST           no_metrics: true, so that there are no counters
+    refuse: status of every answer to a POST           refuse_times: of that many only
+    no_metrics: true, so that there are no counters
     unhealthy_after_refusal: true                      hang_up: true, so that a POST's connection is cut
-    break_stream: chunks after which a stream's connection is cut
+    break_stream: chunks after which a stream's connection is cut; hang_stream: after which it is silent
+    retry_after: said with every refusal               models: status of /v1/models (default 404)
+    key: what a client has to send in place of VLLM_API_KEY; "" is nothing
+    tls: [certificate, its key], files                 pad: bytes of white space in each chunk of a stream
+
+POST /behave changes the behaviour of one that runs, and forgets what it saw.
 """
 
 import argparse
@@ -19,6 +25,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -29,18 +36,23 @@ from typing import Any
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
 WORDS = ["One ", "word ", "after ", "the ", "other."]
 # What the engine saw, for tests to ask: GET /seen
-SEEN: dict[str, Any] = {"cancelled": 0, "requests": []}
+SEEN: dict[str, Any] = {"cancelled": 0, "requests": [], "looks": {}}
 COUNTERS = {"vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "vllm:iteration_tokens_total_count": 0}
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if self.path != "/seen":
+            SEEN["looks"][self.path] = dict(self.headers)
+        if self.path.endswith("/v1/models"):
+            self.answer(BEHAVIOUR.get("models", 404), {})
+        elif self.path == "/health":
             self.answer(503 if BEHAVIOUR.get("unhealthy") else 200, {})
         elif self.path == "/seen":
             self.answer(200, SEEN)
@@ -53,14 +65,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", "0")))
-        SEEN["requests"].append({"path": self.path, "headers": dict(self.headers), "bytes": len(body)})
-        key = os.environ.get("VLLM_API_KEY")
+        if self.path == "/behave":
+            BEHAVIOUR.clear()
+            BEHAVIOUR.update(json.loads(body))
+            SEEN.update(cancelled=0, requests=[], looks={})
+            self.answer(200, {})
+            return
+        SEEN["requests"].append(
+            {"path": self.path, "headers": dict(self.headers), "bytes": len(body), "at": time.monotonic()}
+        )
+        key = BEHAVIOUR.get("key", os.environ.get("VLLM_API_KEY"))
         if key and self.headers.get("authorization") != f"Bearer {key}":
             self.answer(401, {"error": {"message": "fake engine: wrong key"}})
             return
         COUNTERS["vllm:num_requests_running"] += 1
         try:
-            self.work(json.loads(body))
+            self.work(json.loads(body) if body.startswith(b"{") else {})
         finally:
             COUNTERS["vllm:num_requests_running"] -= 1
 
@@ -73,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         if BEHAVIOUR.get("hang_up"):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
-        elif "refuse" in BEHAVIOUR:
+        elif "refuse" in BEHAVIOUR and len(SEEN["requests"]) <= BEHAVIOUR.get("refuse_times", 1 << 30):
             BEHAVIOUR["unhealthy"] = BEHAVIOUR.get("unhealthy_after_refusal", False)
             self.answer(BEHAVIOUR["refuse"], {"error": {"message": "fake engine: refused"}})
         elif request.get("stream"):
@@ -86,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
+        if status >= 400 and "retry_after" in BEHAVIOUR:
+            self.send_header("retry-after", BEHAVIOUR["retry_after"])
         self.end_headers()
         self.wfile.write(body)
 
@@ -100,8 +122,11 @@ class Handler(BaseHTTPRequestHandler):
                     self.connection.shutdown(socket.SHUT_RDWR)
                     self.close_connection = True
                     return
+                if number == BEHAVIOUR.get("hang_stream"):
+                    self.wait_for_client_to_leave()
+                    return
                 event = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": word}}]}
-                self.chunk(f"data: {json.dumps(event)}\n\n".encode())
+                self.chunk(f"data: {json.dumps(event)}{' ' * BEHAVIOUR.get('pad', 0)}\n\n".encode())
                 COUNTERS["vllm:iteration_tokens_total_count"] += 1
                 time.sleep(BEHAVIOUR.get("chunk_seconds", 0.01))
             self.chunk(b"data: [DONE]\n\n")
@@ -147,7 +172,12 @@ def main() -> None:
         sys.exit(BEHAVIOUR["fail"])
     if "fail_after" in BEHAVIOUR:
         threading.Timer(BEHAVIOUR["fail_after"], fail).start()
-    Server((arguments.host, arguments.port), Handler).serve_forever()
+    server = Server((arguments.host, arguments.port), Handler)
+    if "tls" in BEHAVIOUR:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(*BEHAVIOUR["tls"])
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.serve_forever()
 
 
 def fail() -> None:

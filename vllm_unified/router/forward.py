@@ -108,6 +108,7 @@ class Exchange:
     _stream: StreamTokens | None = None
     _answer: AnswerTokens | None = None
     _kept_alive = 0.0
+    _paused = False  # by a client that is slower than the server
     _over = False
 
     def __init__(self, forwarding: Forwarding, request: Request, client: ClientConnection, route: Route, key: Key):
@@ -160,6 +161,7 @@ class Exchange:
             self._form = bodies.FormField(self._body, request.fields.get(b"content-type", b""), "model")
             self._asked = self._form.value
             served = self._forwarding.registry.choose(self._asked, route, self._key)
+            self._session = request.fields.get(b"x-session-id")
         else:
             asked = bodies.asked_in(self._body)
             self._asked = None if asked.model is msgspec.UNSET else asked.model
@@ -222,11 +224,11 @@ class Exchange:
             raise RuntimeError("no model")
         replica = None if served.drained else served.pick(now, self._tried, self._session)
         if replica is None:
-            self._refuse(self._last_error or self._not_ready())
+            self._refuse(self._last_error or self._not_ready(served.problem or "its last requests failed"))
             return
         self._replica = replica
         replica.in_flight += 1
-        replica.breaker.begin()
+        replica.breaker.begin(now)
         self.record.tries += 1
         self.record.upstream = replica.name
         self._last_data = now
@@ -311,24 +313,17 @@ class Exchange:
         self._last_error = error
         if not self._may_retry:
             self._refuse(error)
-        elif self._elsewhere(now):
+        elif self._served is not None and self._served.has_untried(now, self._tried):
             self._try()
         else:
             growing = FIRST_PAUSE_SECONDS * PAUSE_GROWTH ** (self.record.tries - 1)
             seconds = min(pause if pause is not None else growing, LONGEST_PAUSE_SECONDS)
-            self._later(self._try_after(seconds * random.uniform(0.8, 1.2)))  # noqa: S311
+            least = 0.8 if pause is None else 1.0  # of a pause that was asked for
+            self._later(self._try_after(seconds * random.uniform(least, 1.2)))  # noqa: S311
 
     @property
     def _may_retry(self) -> bool:
         return self.record.tries <= self._forwarding.retries
-
-    def _elsewhere(self, now: float) -> bool:
-        """Whether a replica is left that this request did not try."""
-        served = self._served
-        if served is None or len(served.replicas) <= len(self._tried):
-            return False
-        found = served.pick(now, self._tried, self._session)
-        return found is not None and found not in self._tried
 
     async def _try_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -346,7 +341,11 @@ class Exchange:
         replica = self._replica
         if replica is None or replica.local:
             return self._not_ready()
-        why = "did not accept a connection in time" if isinstance(error, TimeoutError) else f"can't be reached: {error}"
+        why = (
+            "did not accept a connection in time"
+            if isinstance(error, TimeoutError)
+            else f"can't be reached: {replica.tls_problem(error) or error}"
+        )
         return self._engine_error(f"is served by {replica.name}, which {why}")
 
     def _not_ready(self, what: str | None = None) -> RequestError:
@@ -399,11 +398,9 @@ class Exchange:
         if not self._may_retry:
             return False
         wait = _retry_after(headers)
-        tried = self._tried | {self._replica}
-        others = self._served is not None and any(
-            each not in tried and each.closed is None and each.breaker.passes(now) for each in self._served.replicas
-        )
-        return others or wait is None or wait <= LONGEST_PAUSE_SECONDS
+        if wait is None or wait <= LONGEST_PAUSE_SECONDS or self._served is None or self._replica is None:
+            return True
+        return self._served.has_untried(now, self._tried | {self._replica})
 
     async def _judge(self, replica: Replica, status: int, headers: Headers, length: int | None) -> None:
         if await is_ending(replica, self._forwarding.run):
@@ -574,7 +571,7 @@ class Exchange:
             return
         silent = now - self._last_data
         limit = replica.endpoint.timeout
-        if limit and silent > limit and self._connection is not None:
+        if limit and silent > limit and self._connection is not None and not self._paused:
             self._drop_connection()
             if self.record.first_byte_us is None:
                 message = f"is served by {replica.name}, which was silent for {limit:g} s"
@@ -605,10 +602,13 @@ class Exchange:
         self._finish()
 
     def pause(self) -> None:
+        self._paused = True
         if self._connection is not None:
             self._connection.pause_reading()
 
     def resume(self) -> None:
+        self._paused = False
+        self._last_data = time.monotonic()
         if self._connection is not None:
             self._connection.resume_reading()
 

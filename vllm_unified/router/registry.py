@@ -72,6 +72,10 @@ class Served:
         best = [each for each in fresh if each.error is None] or fresh
         return self._balanced(best, session) if best else None
 
+    def has_untried(self, now: float, tried: Collection[Replica]) -> bool:
+        """Whether `pick` would give one that is not among `tried`."""
+        return any(each not in tried and each.closed is None and each.breaker.passes(now) for each in self.replicas)
+
     def _balanced(self, replicas: list[Replica], session: bytes | None) -> Replica:
         balancing = self.model.balancing
         if balancing == "sticky" and session:
@@ -112,7 +116,7 @@ class Registry:
         self.served = tuple(served)
         self._by_name = {name: each for each in served for name in each.model.names}
         for gone in before_all.difference(each for one in served for each in one.replicas):
-            gone.close_idle()
+            gone.retire()
 
     @property
     def names(self) -> tuple[str, ...]:
