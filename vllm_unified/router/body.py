@@ -42,8 +42,12 @@ def asked_in(body: bytes) -> Asked:
 
 
 def document_in(body: bytes) -> dict[str, Any]:
-    """The whole body, which `asked_in` has taken already."""
-    document = json.loads(body)
+    """The whole body, which `asked_in` has taken already. Raises RequestError 400 for what Python cannot hold."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        message = "the body is nested too deep, or has a number of thousands of digits"
+        raise RequestError(400, message, code="invalid_json") from None
     if not isinstance(document, dict):
         raise RequestError(400, "the body must be a JSON object", code="invalid_json")
     return document
