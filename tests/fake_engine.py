@@ -11,6 +11,7 @@ behaves; every field may be left out:
     busy_seconds: what a POST takes, during which no counter moves
     refuse: status of every answer to a POST           no_metrics: true, so that there are no counters
     unhealthy_after_refusal: true                      hang_up: true, so that a POST's connection is cut
+    answer: what every POST is answered with
     break_stream: chunks after which a stream's connection is cut
 """
 
@@ -73,6 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         if BEHAVIOUR.get("hang_up"):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
+        elif "answer" in BEHAVIOUR:
+            self.answer(200, BEHAVIOUR["answer"])
         elif "refuse" in BEHAVIOUR:
             BEHAVIOUR["unhealthy"] = BEHAVIOUR.get("unhealthy_after_refusal", False)
             self.answer(BEHAVIOUR["refuse"], {"error": {"message": "fake engine: refused"}})

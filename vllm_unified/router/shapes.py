@@ -1,6 +1,8 @@
 """Clients' shapes of one request, made into the engine's; and what a model needs that clients do not know of."""
 
 import json
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +16,8 @@ RERANK = frozenset({"/rerank", "/v1/rerank", "/v2/rerank"})
 # https://github.com/deepseek-ai/DeepSeek-OCR: without them it repeats itself; 128821 and 128822 are <td> and </td>.
 DEEPSEEK_OCR: dict[str, Any] = {"temperature": 0.0, "skip_special_tokens": False}
 DEEPSEEK_OCR_XARGS = {"ngram_size": 30, "window_size": 90, "whitelist_token_ids": [128821, 128822]}
+# What Cohere's clients must say, and what models call it.
+INPUT_TYPES = {"search_query": ("query",), "search_document": ("document", "passage")}
 DEEPSEEK_OCR_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 
 
@@ -74,10 +78,17 @@ class _RerankFields(msgspec.Struct):
 _rerank_fields = msgspec.json.Decoder(_RerankFields)
 
 
-def adapted(route: Route, body: bytes, *, deepseek_ocr: bool) -> tuple[bytes, Answer | None]:
-    """The body for the engine, and what its answer has to become; None for as it is. Raises RequestError 400."""
+def adapted(
+    route: Route, body: bytes, *, deepseek_ocr: bool = False, prompts: Collection[str] | None = None
+) -> tuple[bytes, Answer | None]:
+    """The body for the engine, and what its answer has to become; None for as it is. Raises RequestError 400.
+
+    `prompts`: as in `prompts_of`; None where nothing is known of the model.
+    """
     if route.path in RERANK:
         return _rerank(body)
+    if route.path == "/v2/embed" and prompts is not None:
+        return _with_input_type_of(prompts, body), None
     if deepseek_ocr and route.path in DEEPSEEK_OCR_PATHS:
         return with_defaults(body), None
     return body, None
@@ -142,6 +153,28 @@ def _scored(given: Any, names: Any) -> Any:
 def _address(image: str) -> str:
     """Jina's clients send an address, or base64 alone."""
     return image if image.startswith(("http://", "https://", "data:")) else f"data:image/png;base64,{image}"
+
+
+def prompts_of(folder: Path) -> frozenset[str]:
+    """The names of the prompts that an embedding model wants before its texts, as vLLM finds them."""
+    places = (("config.json", "task_instructions"), ("config_sentence_transformers.json", "prompts"))
+    for name, field in places:
+        try:
+            found = json.loads((folder / name).read_bytes())[field]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        if isinstance(found, dict) and found:
+            return frozenset(found)
+    return frozenset()
+
+
+def _with_input_type_of(prompts: Collection[str], body: bytes) -> bytes:
+    """Cohere's clients always say an `input_type`; vLLM refuses one that the model has no prompt for."""
+    document = bodies.document_in(body)
+    given = document.pop("input_type", None)
+    names = (given, *INPUT_TYPES.get(given, ())) if isinstance(given, str) else ()
+    known = next((name for name in names if name in prompts), None)
+    return _dumped({**document, "input_type": known} if known else document)
 
 
 def is_deepseek_ocr(model: Model) -> bool:
