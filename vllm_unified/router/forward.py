@@ -171,7 +171,9 @@ class Exchange:
             self.record.stream = asked.stream is True
             if route.usage_on_request and asked.stream is True:
                 self._ask_for_usage(asked)
-            self._body, self._adapted = shapes.adapted(route, self._body, deepseek_ocr=served.deepseek_ocr)
+            self._body, self._adapted = shapes.adapted(
+                route, self._body, deepseek_ocr=served.deepseek_ocr, prompts=served.prompts
+            )
             if served.model.balancing == "sticky":
                 self._session = _session(request, asked)
         self.record.model = served.model.key
@@ -192,7 +194,9 @@ class Exchange:
             self._body = bodies.with_new_field(self._body, b'"stream_options":{"include_usage":true}')
             self._hide_usage = True
         elif options is None or (isinstance(options, dict) and not options.get("include_usage")):
-            self._body = bodies.with_fields(self._body, {"stream_options": {**(options or {}), "include_usage": True}})
+            # Without `include_usage` an engine does not look at the rest, and with it the client would see it.
+            others = {name: value for name, value in (options or {}).items() if name != "continuous_usage_stats"}
+            self._body = bodies.with_fields(self._body, {"stream_options": {**others, "include_usage": True}})
             self._hide_usage = True
 
     async def _enter_when_ready(self, served: Served) -> None:
