@@ -9,38 +9,59 @@ behaves; every field may be left out:
     ignore_sigterm: true                               chunk_seconds: pause between the chunks of a stream
     hang: true, so that POST requests are never answered; SIGUSR1 does the same later on
     busy_seconds: what a POST takes, during which no counter moves
-    refuse: status of every answer to a POST           no_metrics: true, so that there are no counters
+    refuse: status of every answer to a POST           refuse_times: of that many only
+    no_metrics: true, so that there are no counters
     unhealthy_after_refusal: true                      hang_up: true, so that a POST's connection is cut
-    break_stream: chunks after which a stream's connection is cut
+    break_stream: chunks after which a stream's connection is cut; hang_stream: after which it is silent
+    retry_after: said with every refusal               models: status of /v1/models (default 404)
+    key: what a client has to send in place of VLLM_API_KEY; "" is nothing
+    tls: [certificate, its key], files                 pad: bytes of white space in each chunk of a stream
+    answer: what every POST is answered with
+    golden: it answers embeddings, rankings and chats by the words that texts share; "right", or what is wrong
+
+POST /behave changes the behaviour of one that runs, and forgets what it saw.
 """
 
 import argparse
+import base64
+import hashlib
 import json
+import math
 import os
+import random
+import re
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 BEHAVIOUR: dict[str, Any] = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
 WORDS = ["One ", "word ", "after ", "the ", "other."]
 # What the engine saw, for tests to ask: GET /seen
-SEEN: dict[str, Any] = {"cancelled": 0, "requests": []}
+SEEN: dict[str, Any] = {"cancelled": 0, "requests": [], "looks": {}}
 COUNTERS = {"vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "vllm:iteration_tokens_total_count": 0}
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if self.path != "/seen":
+            SEEN["looks"][self.path] = dict(self.headers)
+        if self.path.endswith("/v1/models"):
+            self.answer(BEHAVIOUR.get("models", 404), {})
+        elif self.path == "/health":
             self.answer(503 if BEHAVIOUR.get("unhealthy") else 200, {})
         elif self.path == "/seen":
             self.answer(200, SEEN)
@@ -53,15 +74,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", "0")))
-        SEEN["requests"].append({"path": self.path, "headers": dict(self.headers), "bytes": len(body)})
-        key = os.environ.get("VLLM_API_KEY")
+        if self.path == "/behave":
+            BEHAVIOUR.clear()
+            BEHAVIOUR.update(json.loads(body))
+            SEEN.update(cancelled=0, requests=[], looks={})
+            self.answer(200, {})
+            return
+        SEEN["requests"].append(
+            {"path": self.path, "headers": dict(self.headers), "bytes": len(body), "at": time.monotonic()}
+        )
+        key = BEHAVIOUR.get("key", os.environ.get("VLLM_API_KEY"))
         if key and self.headers.get("authorization") != f"Bearer {key}":
             self.answer(401, {"error": {"message": "fake engine: wrong key"}})
             return
         COUNTERS["vllm:num_requests_running"] += 1
         try:
-            is_form = self.headers.get("content-type", "").startswith("multipart/")
-            self.work({} if is_form else json.loads(body))
+            self.work(json.loads(body) if body.startswith(b"{") else {})
         finally:
             COUNTERS["vllm:num_requests_running"] -= 1
 
@@ -74,7 +102,11 @@ class Handler(BaseHTTPRequestHandler):
         if BEHAVIOUR.get("hang_up"):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
-        elif "refuse" in BEHAVIOUR:
+        elif "golden" in BEHAVIOUR and not request.get("stream"):
+            self.answer(200, golden_answer(self.path, request))
+        elif "answer" in BEHAVIOUR:
+            self.answer(200, BEHAVIOUR["answer"])
+        elif "refuse" in BEHAVIOUR and len(SEEN["requests"]) <= BEHAVIOUR.get("refuse_times", 1 << 30):
             BEHAVIOUR["unhealthy"] = BEHAVIOUR.get("unhealthy_after_refusal", False)
             self.answer(BEHAVIOUR["refuse"], {"error": {"message": "fake engine: refused"}})
         elif request.get("stream"):
@@ -87,6 +119,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
+        if status >= 400 and "retry_after" in BEHAVIOUR:
+            self.send_header("retry-after", BEHAVIOUR["retry_after"])
         self.end_headers()
         self.wfile.write(body)
 
@@ -101,10 +135,15 @@ class Handler(BaseHTTPRequestHandler):
                     self.connection.shutdown(socket.SHUT_RDWR)
                     self.close_connection = True
                     return
+                if number == BEHAVIOUR.get("hang_stream"):
+                    self.wait_for_client_to_leave()
+                    return
                 event = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": word}}]}
-                self.chunk(f"data: {json.dumps(event)}\n\n".encode())
+                self.chunk(f"data: {json.dumps(event)}{' ' * BEHAVIOUR.get('pad', 0)}\n\n".encode())
                 COUNTERS["vllm:iteration_tokens_total_count"] += 1
                 time.sleep(BEHAVIOUR.get("chunk_seconds", 0.01))
+            if "golden" in BEHAVIOUR and BEHAVIOUR["golden"] != "silent":
+                self.chunk(b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 5}}\n\n')
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
         except OSError:
@@ -123,6 +162,57 @@ class Handler(BaseHTTPRequestHandler):
             pass
         SEEN["cancelled"] += 1
         self.close_connection = True
+
+
+def golden_answer(path: str, request: Any) -> Any:
+    wrong = BEHAVIOUR["golden"]
+    if path.endswith("rerank"):
+        query, documents = request["query"], request["documents"]
+        scores = [likeness(vector(query), vector(document)) for document in documents]
+        if wrong == "reversed" or (wrong == "one shape" and path == "/v2/rerank"):
+            scores = [-score for score in scores]
+        if wrong == "flat":
+            scores = [0.5 + score / 1000 for score in scores]
+        if wrong == "no Chinese" and not query.isascii():
+            scores = [-score for score in scores]
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.get("top_n") or None]
+        return {"results": [{"index": index, "relevance_score": scores[index]} for index in order]}
+    if path == "/v1/embeddings":
+        texts = [request["input"]] if isinstance(request["input"], str) else request["input"]
+        vectors = [vector(text) for text in texts]
+        if wrong == "random":
+            vectors = [vector(hashlib.md5(text.encode()).hexdigest()) for text in texts]
+        if wrong == "batches" and len(vectors) > 1:
+            vectors = vectors[::-1]
+        if wrong == "drifts":
+            vectors = [[value + random.random() for value in each] for each in vectors]
+        if wrong == "nothing":
+            vectors = [[0.0] * len(each) for each in vectors]
+        if request.get("encoding_format") == "base64":
+            told: list[Any] = [base64_of(each[::-1] if wrong == "base64" else each) for each in vectors]
+        else:
+            told = list(vectors)
+        return {"data": [{"index": index, "embedding": each} for index, each in enumerate(told)]}
+    usage = {"prompt_tokens": 5, "completion_tokens": 0 if wrong == "silent" else 2}
+    choice = {"index": 0, "message": {"content": "hotel" if wrong == "right" else ""}, "finish_reason": "stop"}
+    return {"choices": [choice], "usage": {**usage, "total_tokens": sum(usage.values())}}
+
+
+def base64_of(values: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def vector(text: str) -> list[float]:
+    """A bag of words; of Chinese, of characters."""
+    words = re.findall(r"[a-z]+|[^\x00-\x7f]", text.lower())
+    found = [0.0] * 512
+    for word in words:
+        found[zlib.crc32(word.encode()) % 512] += 1.0
+    return found
+
+
+def likeness(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b) or 1.0)
 
 
 class Server(ThreadingHTTPServer):
@@ -148,7 +238,12 @@ def main() -> None:
         sys.exit(BEHAVIOUR["fail"])
     if "fail_after" in BEHAVIOUR:
         threading.Timer(BEHAVIOUR["fail_after"], fail).start()
-    Server((arguments.host, arguments.port), Handler).serve_forever()
+    server = Server((arguments.host, arguments.port), Handler)
+    if "tls" in BEHAVIOUR:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(*BEHAVIOUR["tls"])
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.serve_forever()
 
 
 def fail() -> None:

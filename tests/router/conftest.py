@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,17 @@ class Deployment:
         self.ports: dict[str, int] = {}
 
     def start(self, models: dict[str, dict[str, Any]], **router: Any) -> None:
-        """`models`: key → fields of the entry, and under `fake` how its engine behaves."""
-        self.ports = {key: free_port() for key in ("router", *models)}
-        fake = {key: fields.pop("fake", {}) for key, fields in models.items()}
-        entries = {key: {"name": key, "port": self.ports[key], **fields} for key, fields in models.items()}
+        """`models`: key → fields of the entry, and under `fake` how its engine behaves.
+
+        One with `endpoints` and no `path` has no engine.
+        """
+        here = [key for key, fields in models.items() if "path" in fields or not fields.get("endpoints")]
+        self.ports |= {key: free_port() for key in ("router", *here)}
+        fake = {key: models[key].pop("fake", {}) for key in here}
+        places = {key: {"port": self.ports[key]} if key in here else {} for key in models}
+        entries = {key: {"name": key, **places[key], **fields} for key, fields in models.items()}
+        for key in self.processes:
+            eventually(partial(is_listening, self.ports[key]))
         settings = {"port": self.ports["router"], "health_check_interval": 0.2, **router}
         self.project.write(entries, router=settings, system={"drain_timeout": 1})
         for key, behaviour in fake.items():
@@ -40,8 +49,27 @@ class Deployment:
             )
         with self.client() as client:
             eventually(lambda: is_alive(client), 60)
+            eventually(lambda: "not looked at yet" not in client.get("/health").text)
             running = [key for key, behaviour in fake.items() if behaviour is not None]
             eventually(lambda: all(self.service(client, key)["status"] == "healthy" for key in running), 60)
+
+    def remote(self, key: str, /, *, behind: bool = True, **behaviour: Any) -> str:
+        """Start an engine that is none of this deployment's, and wants no key; its address.
+
+        Without `behind` nothing listens there yet.
+        """
+        self.ports[key] = free_port()
+        if behind:
+            self.start_engine(key, {"key": "", **behaviour})
+        return f"http{'s' if 'tls' in behaviour else ''}://127.0.0.1:{self.ports[key]}"
+
+    def behave(self, key: str, /, **behaviour: Any) -> None:
+        """From now on; what it saw before is forgotten."""
+        httpx.post(f"http://127.0.0.1:{self.ports[key]}/behave", json={"key": "", **behaviour}).raise_for_status()
+
+    def name(self, key: str) -> str:
+        """Of a remote replica, as x-served-by and the metrics have it."""
+        return f"127.0.0.1:{self.ports[key]}"
 
     def start_engine(self, key: str, behaviour: dict[str, Any]) -> None:
         environ = {**os.environ, "VLLM_API_KEY": API_KEY, "FAKE_ENGINE": json.dumps(behaviour)}
@@ -69,6 +97,14 @@ class Deployment:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=20, **options)
 
+    def begin(self, path: str, body: dict[str, Any], key: str = API_KEY) -> socket.socket:
+        """A request that was sent; to close the socket is to leave."""
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nauthorization: Bearer {key}\r\ncontent-length: {len(content)}\r\n\r\n"
+        connection = socket.create_connection(("127.0.0.1", self.ports["router"]), timeout=20)
+        connection.sendall(head.encode() + content)
+        return connection
+
     def service(self, client: httpx.Client, key: str) -> dict[str, Any]:
         services: dict[str, dict[str, Any]] = client.get("/health").json()["services"]
         return services[key]
@@ -83,6 +119,11 @@ class Deployment:
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
             process.wait(20)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def is_alive(client: httpx.Client) -> bool:

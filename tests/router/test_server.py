@@ -472,7 +472,7 @@ class Tiny:
     def refused(self, request: Request, error: RequestError) -> None:
         pass
 
-    def extra_headers(self, request: Request) -> bytes:
+    def cors_headers(self, request: Request) -> bytes:
         return b""
 
 

@@ -19,7 +19,7 @@ from vllm_unified.router.health import is_ending
 from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError, not_ready
 from vllm_unified.router.record import Record
-from vllm_unified.router.registry import Registry, Served
+from vllm_unified.router.registry import LONGEST_ECHO, Registry, Served
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import Route
 from vllm_unified.router.server import ClientConnection, Headers, Request
@@ -86,6 +86,31 @@ class Exchange:
     The way of nearly all requests, from a free slot over an idle connection, makes no task and waits for nothing.
     """
 
+    # What most of them never change, so that making one is cheap.
+    _served: Served | None = None
+    _asked: Any = None  # the name of the model in the body
+    _form: bodies.FormField | None = None
+    _session: bytes | None = None
+    _hide_usage = False
+    _forwarded = b""  # headers, as they go to the server
+    _adapted: shapes.Answer | None = None
+    _entered = False  # the key
+    _gated = False
+    _replica: Replica | None = None
+    _connection: UpstreamConnection | None = None
+    _tried: frozenset[Replica] = frozenset()
+    _stale = False  # a connection ended as this was sent over it
+    _last_error: RequestError | None = None
+    _task: asyncio.Task[None] | None = None
+    _held: list[bytes] | None = None
+    _head: bytes | None = None  # of the answer, until its first byte goes with it
+    _chunked = False
+    _stream: StreamTokens | None = None
+    _answer: AnswerTokens | None = None
+    _kept_alive = 0.0
+    _paused = False  # by a client that is slower than the server
+    _over = False
+
     def __init__(self, forwarding: Forwarding, request: Request, client: ClientConnection, route: Route, key: Key):
         self._forwarding = forwarding
         self.request = request
@@ -94,31 +119,16 @@ class Exchange:
         self._key = key
         given = request.fields.get(b"x-request-id")
         self.request_id = given if given and REQUEST_ID.fullmatch(given) else forwarding.new_id()
-        self.record = Record(
-            self.request_id.decode("ascii"), route.path, key.name, request.peer, request.started, len(request.body)
-        )
-        self._served: Served | None = None
-        self._asked: Any = None  # the name of the model in the body
         self._body = request.body
-        self._form: bodies.FormField | None = None
-        self._session: bytes | None = None
-        self._hide_usage = False
-        self._forwarded = b""
-        self._adapted: shapes.Answer | None = None
-        self._gated = False
-        self._replica: Replica | None = None
-        self._connection: UpstreamConnection | None = None
-        self._tried: set[Replica] = set()
-        self._stale = False
-        self._last_error: RequestError | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._held: list[bytes] | None = None
-        self._head: bytes | None = None  # of the answer, until its first byte goes with it
-        self._chunked = False
-        self._tokens: AnswerTokens | StreamTokens | None = None
         self._last_data = request.started
-        self._kept_alive = 0.0
-        self._over = False
+        self.record = Record(
+            "",
+            self.request_id.decode("ascii"),
+            request.peer,
+            key.name,
+            route.path,
+            bytes_in=len(request.body),
+        )
 
     # --- towards the server ---
 
@@ -126,10 +136,11 @@ class Exchange:
         """Everything up to the first try, without waiting where nothing has to be waited for."""
         try:
             served = self._prepare()
-            self._key.enter(self.record.started)
+            self._key.enter(self.request.started)
         except RequestError as error:
-            self._refuse(error, entered=False)
+            self._refuse(error)
             return
+        self._entered = True
         self._forwarding.exchanges.add(self)
         self._served = served
         if served.model.wait_for_ready and not served.ready:
@@ -150,6 +161,7 @@ class Exchange:
             self._form = bodies.FormField(self._body, request.fields.get(b"content-type", b""), "model")
             self._asked = self._form.value
             served = self._forwarding.registry.choose(self._asked, route, self._key)
+            self._session = request.fields.get(b"x-session-id")
         else:
             asked = bodies.asked_in(self._body)
             self._asked = None if asked.model is msgspec.UNSET else asked.model
@@ -159,11 +171,13 @@ class Exchange:
             self.record.stream = asked.stream is True
             if route.usage_on_request and asked.stream is True:
                 self._ask_for_usage(asked)
-            self._body, self._adapted = shapes.adapted(route, self._body, deepseek_ocr=served.deepseek_ocr)
+            self._body, self._adapted = shapes.adapted(
+                route, self._body, deepseek_ocr=served.deepseek_ocr, prompts=served.prompts
+            )
             if served.model.balancing == "sticky":
                 self._session = _session(request, asked)
         self.record.model = served.model.key
-        self.record.asked = self._asked or ""
+        self.record.asked = self._asked[:LONGEST_ECHO] if self._asked else ""
         return served
 
     def _name_the_model(self, asked: bodies.Asked, name: str) -> None:
@@ -180,7 +194,9 @@ class Exchange:
             self._body = bodies.with_new_field(self._body, b'"stream_options":{"include_usage":true}')
             self._hide_usage = True
         elif options is None or (isinstance(options, dict) and not options.get("include_usage")):
-            self._body = bodies.with_fields(self._body, {"stream_options": {**(options or {}), "include_usage": True}})
+            # Without `include_usage` an engine does not look at the rest, and with it the client would see it.
+            others = {name: value for name, value in (options or {}).items() if name != "continuous_usage_stats"}
+            self._body = bodies.with_fields(self._body, {"stream_options": {**others, "include_usage": True}})
             self._hide_usage = True
 
     async def _enter_when_ready(self, served: Served) -> None:
@@ -203,7 +219,7 @@ class Exchange:
             self._refuse(error)
             return
         self._gated = True
-        self.record.queued = time.monotonic() - self.record.started
+        self.record.queued_us = self._microseconds(time.monotonic())
         self._try()
 
     def _try(self) -> None:
@@ -212,11 +228,11 @@ class Exchange:
             raise RuntimeError("no model")
         replica = None if served.drained else served.pick(now, self._tried, self._session)
         if replica is None:
-            self._refuse(self._last_error or self._not_ready())
+            self._refuse(self._last_error or self._not_ready(served.problem or "its last requests failed"))
             return
         self._replica = replica
         replica.in_flight += 1
-        replica.breaker.begin()
+        replica.breaker.begin(now)
         self.record.tries += 1
         self.record.upstream = replica.name
         self._last_data = now
@@ -278,6 +294,10 @@ class Exchange:
                 lines += (name, b": ", value, b"\r\n")
         return b"".join(lines)
 
+    def _microseconds(self, now: float) -> int:
+        """Since the request came."""
+        return int((now - self.request.started) * 1e6)
+
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)
 
@@ -293,28 +313,21 @@ class Exchange:
             replica.breaker.fail(now)
         else:
             replica.breaker.forget()
-        self._tried.add(replica)
+        self._tried = self._tried | {replica}
         self._last_error = error
         if not self._may_retry:
             self._refuse(error)
-        elif self._elsewhere(now):
+        elif self._served is not None and self._served.has_untried(now, self._tried):
             self._try()
         else:
             growing = FIRST_PAUSE_SECONDS * PAUSE_GROWTH ** (self.record.tries - 1)
             seconds = min(pause if pause is not None else growing, LONGEST_PAUSE_SECONDS)
-            self._later(self._try_after(seconds * random.uniform(0.8, 1.2)))  # noqa: S311
+            least = 0.8 if pause is None else 1.0  # of a pause that was asked for
+            self._later(self._try_after(seconds * random.uniform(least, 1.2)))  # noqa: S311
 
     @property
     def _may_retry(self) -> bool:
         return self.record.tries <= self._forwarding.retries
-
-    def _elsewhere(self, now: float) -> bool:
-        """Whether a replica is left that this request did not try."""
-        served = self._served
-        if served is None or len(served.replicas) <= len(self._tried):
-            return False
-        found = served.pick(now, self._tried, self._session)
-        return found is not None and found not in self._tried
 
     async def _try_after(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -332,7 +345,11 @@ class Exchange:
         replica = self._replica
         if replica is None or replica.local:
             return self._not_ready()
-        why = "did not accept a connection in time" if isinstance(error, TimeoutError) else f"can't be reached: {error}"
+        why = (
+            "did not accept a connection in time"
+            if isinstance(error, TimeoutError)
+            else f"can't be reached: {replica.tls_problem(error) or error}"
+        )
         return self._engine_error(f"is served by {replica.name}, which {why}")
 
     def _not_ready(self, what: str | None = None) -> RequestError:
@@ -347,14 +364,14 @@ class Exchange:
         name = self._served.model.name if self._served else ""
         return RequestError(502, f'"{name}" {what}', code="engine_error")
 
-    def _refuse(self, error: RequestError, *, entered: bool = True) -> None:
+    def _refuse(self, error: RequestError) -> None:
         """The router's own answer."""
         self.record.status = error.status
         self.record.error = error.owner
         error.shape = self._route.errors
         headers = [*error.wire_headers(), (b"x-request-id", self.request_id)]
         client = self.client
-        self._finish(entered=entered)
+        self._finish()
         client.answer(error.status, headers, error.body())
 
     # --- the answer, as it comes ---
@@ -385,12 +402,9 @@ class Exchange:
         if not self._may_retry:
             return False
         wait = _retry_after(headers)
-        self_tried = {*self._tried, self._replica}
-        others = self._served is not None and any(
-            each not in self_tried and each.closed is None and each.breaker.passes(now)
-            for each in self._served.replicas
-        )
-        return others or wait is None or wait <= LONGEST_PAUSE_SECONDS
+        if wait is None or wait <= LONGEST_PAUSE_SECONDS or self._served is None or self._replica is None:
+            return True
+        return self._served.has_untried(now, self._tried | {self._replica})
 
     async def _judge(self, replica: Replica, status: int, headers: Headers, length: int | None) -> None:
         if await is_ending(replica, self._forwarding.run):
@@ -410,26 +424,28 @@ class Exchange:
         """Compose the head; it goes out with the first byte of the body."""
         record = self.record
         record.status = status
-        record.first_byte = self._last_data
+        record.first_byte_us = self._microseconds(self._last_data)
         if status >= 400:
             record.error = "client" if status < 500 else "engine"
         kind = b""
         answered: Headers = [(b"x-request-id", self.request_id), (b"x-served-by", record.upstream.encode())]
         dropped = NOT_ANSWERED
-        for name, value in headers:
-            if name == b"connection":
-                dropped = dropped | _named_by_connection(headers)
-            elif name == b"content-type":
-                kind = value
-        answered += [each for each in headers if each[0] not in dropped]
+        if named := _named_by_connection(headers):
+            dropped = dropped | named
+        for each in headers:
+            name = each[0]
+            if name == b"content-type":
+                kind = each[1]
+            if name not in dropped:
+                answered.append(each)
         if status >= 400:
             answered.append((b"x-error-source", b"engine"))
             self._adapted = None
         elif kind.startswith(b"text/event-stream"):
-            self._tokens = StreamTokens(hide=self._hide_usage)
+            self._stream = StreamTokens(hide=self._hide_usage)
             length = None  # of ours there may be less or more: hidden events, comments, an error at the end
         elif kind.startswith(b"application/json"):
-            self._tokens = AnswerTokens()
+            self._answer = AnswerTokens()
         if self._adapted is not None:
             self._adapted.head = answered
             return
@@ -444,17 +460,17 @@ class Exchange:
 
     def answer_came(self, data: bytes) -> None:
         self._last_data = time.monotonic()
+        stream = self._stream
+        if stream is not None:  # most of all calls
+            data = stream.take(data)
+            if data:
+                self._write(data)
+            return
         if self._held is not None:
             self._held.append(data)
             return
-        tokens = self._tokens
-        if tokens is not None:
-            if isinstance(tokens, StreamTokens):
-                data = tokens.take(data)
-                if not data:
-                    return
-            else:
-                tokens.take(data)
+        if self._answer is not None:
+            self._answer.take(data)
         if self._adapted is not None:
             self._adapted.take(data)
         else:
@@ -465,31 +481,26 @@ class Exchange:
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head is not None:
-            data, self._head = self._head + data, None
+            data = self._head + data
+            self._head = None
         self.client.write(data)
 
     def answer_ended(self) -> None:
         if self._held is not None:
             self._connection = None  # what was held goes out when it was judged
             return
-        tokens, record = self._tokens, self.record
-        if isinstance(tokens, StreamTokens):
-            if rest := tokens.end():
+        record, client, stream = self.record, self.client, self._stream
+        if stream is not None:
+            if rest := stream.end():
                 self._write(rest)
-            record.prompt_tokens, record.completion_tokens = tokens.prompt, tokens.completion
-        elif tokens is not None:
-            record.prompt_tokens, record.completion_tokens = tokens.counts()
-        client = self.client
+            record.prompt_tokens, record.completion_tokens = stream.prompt, stream.completion
+        elif self._answer is not None:
+            record.prompt_tokens, record.completion_tokens = self._answer.counts()
         if self._adapted is not None:
             adapted = self._adapted
-            try:
-                body = adapted.body()
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                self._break_off(f"answered something that is no ranking: {error!r}")
-                return
             self._release_replica()
             self._finish()
-            client.answer(record.status, adapted.head, body)
+            client.answer(record.status, adapted.head, adapted.body())
             return
         last = b"0\r\n\r\n" if self._chunked else b""
         if self._head is not None:
@@ -505,7 +516,7 @@ class Exchange:
         replica = self._replica
         if replica is None:
             return
-        if self.record.first_byte is None and held is None:
+        if self.record.first_byte_us is None and held is None:
             if connection is not None and connection.used and not rubbish and not self._stale:
                 # Idle connections end while a request is on its way to them; that says nothing of the server.
                 self._stale = True
@@ -532,22 +543,22 @@ class Exchange:
 
     def _break_off(self, what: str) -> None:
         """An answer that began can't be taken back: a stream says what happened, anything else is cut."""
-        client, tokens = self.client, self._tokens
+        client, stream = self.client, self._stream
         self.record.error = "engine"
         error = self._engine_error(what)
         error.shape = self._route.errors
-        if isinstance(tokens, StreamTokens):
-            before = tokens.broken_off()
-            self.record.prompt_tokens, self.record.completion_tokens = tokens.prompt, tokens.completion
+        if stream is not None:
+            before = stream.broken_off()
+            self.record.prompt_tokens, self.record.completion_tokens = stream.prompt, stream.completion
             self._write(before + error.event())
             if self._chunked:
                 client.write(b"0\r\n\r\n")
-        unsent = not isinstance(tokens, StreamTokens) and (self._adapted is not None or self._head is not None)
+        unsent = stream is None and (self._adapted is not None or self._head is not None)
         if unsent:
             self.record.status = error.status
         self._release_replica()
         self._finish()
-        if isinstance(tokens, StreamTokens):
+        if stream is not None:
             client.done()
         elif unsent:
             client.answer(error.status, [*error.wire_headers(), (b"x-request-id", self.request_id)], error.body())
@@ -560,9 +571,9 @@ class Exchange:
             return
         silent = now - self._last_data
         limit = replica.endpoint.timeout
-        if limit and silent > limit and self._connection is not None:
+        if limit and silent > limit and self._connection is not None and not self._paused:
             self._drop_connection()
-            if self.record.first_byte is None:
+            if self.record.first_byte_us is None:
                 message = f"is served by {replica.name}, which was silent for {limit:g} s"
                 error = self._engine_error(message)
                 error.status = 504
@@ -570,7 +581,7 @@ class Exchange:
             else:
                 self._break_off(f"was silent for {limit:g} s")
         elif now - max(self._last_data, self._kept_alive) > KEEP_ALIVE_SECONDS:
-            if isinstance(self._tokens, StreamTokens) and self._tokens.at_border:
+            if self._stream is not None and self._stream.at_border:
                 self._write(b": keep-alive\n\n")
             self._kept_alive = now
 
@@ -586,15 +597,18 @@ class Exchange:
         if replica is not None:
             replica.breaker.forget()
         self.record.error = "client"
-        if isinstance(self._tokens, StreamTokens):
-            self.record.prompt_tokens, self.record.completion_tokens = self._tokens.prompt, self._tokens.completion
+        if self._stream is not None:
+            self.record.prompt_tokens, self.record.completion_tokens = self._stream.prompt, self._stream.completion
         self._finish()
 
     def pause(self) -> None:
+        self._paused = True
         if self._connection is not None:
             self._connection.pause_reading()
 
     def resume(self) -> None:
+        self._paused = False
+        self._last_data = time.monotonic()
         if self._connection is not None:
             self._connection.resume_reading()
 
@@ -604,17 +618,18 @@ class Exchange:
         if connection is not None:
             connection.close()
 
-    def _finish(self, *, entered: bool = True) -> None:
+    def _finish(self) -> None:
         """Give back what was taken, once, and say what it was."""
         if self._over:
             return
         self._over = True
         self._forwarding.exchanges.discard(self)
-        record = self.record
-        record.ended = now = time.monotonic()
+        record, now = self.record, time.monotonic()
+        seconds = now - self.request.started
+        record.duration_us = int(seconds * 1e6)
         if self._gated and self._served is not None:
-            self._served.gate.leave(now - record.started - record.queued)
-        if entered:
+            self._served.gate.leave(seconds - record.queued_us * 1e-6)
+        if self._entered:
             self._key.leave(record.prompt_tokens + record.completion_tokens, now)
         self._forwarding.note(record)
 
@@ -632,6 +647,8 @@ def _learn(replica: Replica, status: int, now: float) -> None:
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:
     """`Connection: close, x-mine` says that x-mine speaks of this connection alone."""
     values = [value for name, value in headers if name == b"connection"]
+    if not values or values == [b"keep-alive"] or values == [b"close"]:
+        return frozenset()
     return frozenset(word.strip().lower() for value in values for word in value.split(b","))
 
 

@@ -9,6 +9,7 @@ from vllm_unified.router.problems import RequestError
 LONGEST_RETRY_AFTER = 60
 # How much the newest request weighs in the mean duration that Retry-After is computed from.
 WEIGHT_OF_NEWEST = 0.1
+SWEPT_FROM = 16
 
 
 class Gate:
@@ -23,21 +24,17 @@ class Gate:
         self.queue_timeout = queue_timeout
         self.active = 0
         self.mean_seconds = 1.0
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self.queued = 0
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap, with some in it that left
         self._came = 0
-        self._gone = 0  # waiting still in the heap, though they left
-
-    @property
-    def queued(self) -> int:
-        return len(self._waiting) - self._gone
 
     def change(self, limit: int | None, max_queue: int, queue_timeout: float) -> None:
         self.limit, self.max_queue, self.queue_timeout = limit, max_queue, queue_timeout
         self._let_in()
 
     def try_enter(self) -> bool:
-        """Take a slot when one is free and nobody waits for it."""
-        if self.limit is not None and (self.active >= self.limit or self.queued):
+        """Take a slot when one is free. Nobody waits for that one: it would have been let in as it became free."""
+        if self.limit is not None and self.active >= self.limit:
             return False
         self.active += 1
         return True
@@ -52,21 +49,22 @@ class Gate:
         self._came += 1
         slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (-priority, self._came, slot))
+        self.queued += 1
         try:
-            async with asyncio.timeout(self.queue_timeout):  # wait_for of Python 3.11 may lose a cancellation
+            # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes together with the slot.
+            async with asyncio.timeout(self.queue_timeout):
                 await slot
         except TimeoutError:
-            if slot.done() and not slot.cancelled():  # it came in the same moment
+            if _was_given(slot):  # in the same moment
                 return
-            self._gone += 1
+            self._forget_one()
             message = f"{who} is busy: no slot was free for {self.queue_timeout:g} s; come back later"
             raise RequestError(503, message, code="queue_timeout", headers=self._retry_after()) from None
         except asyncio.CancelledError:
-            # The slot may have come in the same moment as the client left.
-            if slot.done() and not slot.cancelled():
+            if _was_given(slot):  # in the same moment as the client left
                 self._free()
             else:
-                self._gone += 1
+                self._forget_one()
             raise
 
     def leave(self, seconds: float) -> None:
@@ -82,13 +80,23 @@ class Gate:
     def _let_in(self) -> None:
         while self._waiting and (self.limit is None or self.active < self.limit):
             slot = heapq.heappop(self._waiting)[2]
-            if slot.done():
-                self._gone -= 1
-                continue
-            self.active += 1
-            slot.set_result(None)
+            if not slot.done():
+                self.queued -= 1
+                self.active += 1
+                slot.set_result(None)
+
+    def _forget_one(self) -> None:
+        """One left the queue; the heap is swept when most of it is of such."""
+        self.queued -= 1
+        if len(self._waiting) > 2 * self.queued + SWEPT_FROM:
+            self._waiting = [each for each in self._waiting if not each[2].done()]
+            heapq.heapify(self._waiting)
 
     def _retry_after(self) -> dict[str, str]:
         """When the queue as it is now will have been served, at the pace of the last requests."""
         seconds = (self.queued + 1) * self.mean_seconds / max(1, self.limit or 1)
         return {"retry-after": str(max(1, min(LONGEST_RETRY_AFTER, math.ceil(seconds))))}
+
+
+def _was_given(slot: asyncio.Future[None]) -> bool:
+    return slot.done() and not slot.cancelled()

@@ -5,7 +5,6 @@ what requests met (the breaker).
 import asyncio
 import json
 import logging
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -83,13 +82,15 @@ async def is_ending(replica: Replica, run: Path) -> bool:
 
 
 async def look(replicas: Iterable[Replica], run: Path) -> None:
-    asked = [replica for replica in replicas if not replica.closed]
-    found = await asyncio.gather(*(_look_at(replica, run) for replica in asked))
-    for replica, (error, reason) in zip(asked, found, strict=True):
-        if not replica.closed:  # meanwhile; its keeper knows better
-            replica.error, replica.reason = error, reason
-        if error is None and replica.context_length is None:
-            replica.context_length = await _context_length(replica)
+    await asyncio.gather(*(_look(replica, run) for replica in replicas if not replica.closed))
+
+
+async def _look(replica: Replica, run: Path) -> None:
+    error, reason = await _look_at(replica, run)
+    if not replica.closed:  # meanwhile; its keeper knows better
+        replica.error, replica.reason = error, reason
+    if error is None and replica.context_length is None:
+        replica.context_length = await _context_length(replica)
 
 
 async def _look_at(replica: Replica, run: Path) -> tuple[str | None, str | None]:
@@ -106,8 +107,10 @@ async def _look_at(replica: Replica, run: Path) -> tuple[str | None, str | None]
 
 
 def _unreachable(replica: Replica, run: Path, error: OSError) -> tuple[str, str | None]:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}; name its authority in `ca`", None
+    if problem := replica.tls_problem(error):
+        return problem, None
+    if isinstance(error, TimeoutError):
+        return f"it did not answer its health check within {LOOK_SECONDS:g} s", None
     if isinstance(error, ConnectionRefusedError):
         if not replica.local:
             return "it does not answer on its port", None

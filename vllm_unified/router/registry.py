@@ -8,7 +8,7 @@ from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import ROUTES, Route
-from vllm_unified.router.shapes import is_deepseek_ocr
+from vllm_unified.router.shapes import is_deepseek_ocr, prompts_of
 from vllm_unified.settings import Kind, Model, Settings
 from vllm_unified.settings.schema import Endpoint
 
@@ -22,6 +22,7 @@ class Served:
         self.model = model
         self.handles = (model.key, *model.names)  # what a key's list of models may call it
         self.deepseek_ocr = is_deepseek_ocr(model)
+        self.prompts: frozenset[str] | None = None  # of an embedding model that is served here
         self.replicas = tuple(replicas)
         self.gate = Gate(model.max_concurrent, model.max_queue, model.queue_timeout)
         self.drained = False  # an operator's word: nothing more is let in
@@ -72,6 +73,10 @@ class Served:
         best = [each for each in fresh if each.error is None] or fresh
         return self._balanced(best, session) if best else None
 
+    def has_untried(self, now: float, tried: Collection[Replica]) -> bool:
+        """Whether `pick` would give one that is not among `tried`."""
+        return any(each not in tried and each.closed is None and each.breaker.passes(now) for each in self.replicas)
+
     def _balanced(self, replicas: list[Replica], session: bytes | None) -> Replica:
         balancing = self.model.balancing
         if balancing == "sticky" and session:
@@ -108,11 +113,14 @@ class Registry:
             replicas = _replicas(settings, model, before.replicas if before else ())
             if before:
                 before.change(model, replicas)
-            served.append(before or Served(model, replicas))
+            after = before or Served(model, replicas)
+            is_known = model.type == "embedding" and model.served_here and not model.endpoints
+            after.prompts = prompts_of(settings.folder(model)) if is_known else None
+            served.append(after)
         self.served = tuple(served)
         self._by_name = {name: each for each in served for name in each.model.names}
         for gone in before_all.difference(each for one in served for each in one.replicas):
-            gone.close_idle()
+            gone.retire()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -19,20 +19,24 @@ IDLE_SECONDS = 4.0
 FAILURES_THAT_OPEN = 5
 SHORTEST_OPEN_SECONDS = 1.0
 LONGEST_OPEN_SECONDS = 30.0
+TRIAL_SECONDS = 5.0
+# X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL
+FOR_ANOTHER_HOST = (62, 64)
 
 
 class Breaker:
     """Keeps requests away from a server that fails one after the other.
 
     Closed, all pass. After five failures in a row it is open, and none passes, for 1 s, then twice as long each
-    time up to 30 s. Then one request is let through (half open): its success closes the breaker again.
+    time up to 30 s. Then one request is let through (half open): its success closes the breaker again. A generation
+    may take minutes until it says anything, so the next one is let through after 5 s.
     """
 
     def __init__(self) -> None:
         self.failures = 0
         self.open_until = 0.0
         self.open_seconds = 0.0
-        self.trying = False
+        self.trial_until = 0.0
 
     def state(self, now: float) -> str:
         """`closed`, `open` or `half_open`."""
@@ -41,30 +45,30 @@ class Breaker:
         return "open" if now < self.open_until else "half_open"
 
     def passes(self, now: float) -> bool:
-        return self.failures < FAILURES_THAT_OPEN or (now >= self.open_until and not self.trying)
+        return self.failures < FAILURES_THAT_OPEN or now >= max(self.open_until, self.trial_until)
 
-    def begin(self) -> None:
+    def begin(self, now: float) -> None:
         """A request is on its way."""
         if self.failures >= FAILURES_THAT_OPEN:
-            self.trying = True
+            self.trial_until = now + TRIAL_SECONDS
 
     def succeed(self) -> None:
         if self.failures:
             self.failures = 0
-            self.open_seconds = 0.0
-        self.trying = False
+            self.open_seconds = self.open_until = self.trial_until = 0.0
 
     def fail(self, now: float) -> None:
-        self.trying = False
         self.failures += 1
-        if self.failures >= FAILURES_THAT_OPEN:
-            self.open_seconds = min(LONGEST_OPEN_SECONDS, max(SHORTEST_OPEN_SECONDS, self.open_seconds * 2))
-            # Not all routers of a site come back to it in the same moment.
-            self.open_until = now + self.open_seconds * random.uniform(0.8, 1.2)  # noqa: S311
+        if self.failures < FAILURES_THAT_OPEN or now < self.open_until:  # open already, as it was on its way
+            return
+        self.trial_until = 0.0
+        self.open_seconds = min(LONGEST_OPEN_SECONDS, max(SHORTEST_OPEN_SECONDS, self.open_seconds * 2))
+        # Not all routers of a site come back to it in the same moment.
+        self.open_until = now + self.open_seconds * random.uniform(0.8, 1.2)  # noqa: S311
 
     def forget(self) -> None:
         """Nothing is known of the request that was let through: its client left."""
-        self.trying = False
+        self.trial_until = 0.0
 
 
 class Replica:
@@ -81,6 +85,7 @@ class Replica:
         self.closed: str | None = None
         self.error: str | None = "not looked at yet"
         self.reason: str | None = None
+        self.retired = False  # no longer in the settings: its connections are not kept
         self.in_flight = 0
         self.breaker = Breaker()
         self.context_length: int | None = None  # tokens, as the server itself says
@@ -114,11 +119,30 @@ class Replica:
         """Raises OSError (TimeoutError and ssl.SSLError are such)."""
         from vllm_unified.router.upstream import UpstreamConnection
 
-        async with asyncio.timeout(CONNECT_SECONDS):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: UpstreamConnection(self), self.host, self.port, ssl=self.tls
-            )
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: UpstreamConnection(self), self.host, self.port, ssl=self.tls
+                )
+        except UnicodeError:  # as of "gpu..2", which no name server is asked for
+            raise OSError(f'"{self.host}" is no name of a host') from None
+        if not connection.is_open:  # already not any more
+            raise ConnectionResetError("it closed the connection")
         return connection
+
+    def tls_problem(self, error: OSError) -> str | None:
+        """In words for everyone; None where `error` is of something else."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            if error.verify_code in FOR_ANOTHER_HOST:
+                return f"its certificate is not for {self.host}; use a name that it is for in `url`"
+            return f"its certificate is not trusted: {error.verify_message}; name its authority in `ca`"
+        if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            return "it does not speak TLS; use http in `url`"
+        return None
+
+    def retire(self) -> None:
+        self.retired = True
+        self.close_idle()
 
     def close_idle(self, before: float = math.inf) -> None:
         """Close the connections that are idle since `before`."""

@@ -37,15 +37,9 @@ LONGEST_PIPELINE = 256 * 1024
 SMALL_BODY = 256 * 1024
 BACKLOG = 1024
 
-STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in http.HTTPStatus
-}
+PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 Headers = list[tuple[bytes, bytes]]
 log = logging.getLogger(__name__)
-
-
-def status_line(status: int) -> bytes:
-    return STATUS_LINES.get(status) or f"HTTP/1.1 {status} Unknown\r\n".encode("ascii")
 
 
 class Request:
@@ -95,8 +89,8 @@ class Handler(Protocol):
     def refused(self, request: Request, error: RequestError) -> None:
         """The server answered it by itself; `handle` is not called."""
 
-    def extra_headers(self, request: Request) -> bytes:
-        """Lines of the head of every answer to it."""
+    def cors_headers(self, request: Request) -> bytes:
+        """Lines of the head of every answer to a request with an Origin."""
 
 
 class ClientConnection(asyncio.Protocol):
@@ -111,6 +105,8 @@ class ClientConnection(asyncio.Protocol):
         self._in_head = False
         self._in_trailers = False
         self._heads = 0  # that began; trailers count as one
+        self._received_before = 0  # the newest piece
+        self._head_after = 0  # so many bytes, or some more: its first piece
         self._head_size = 0  # of the pieces in which the last one neither began nor ended
         self._target = b""
         self._headers: Headers = []
@@ -145,10 +141,12 @@ class ClientConnection(asyncio.Protocol):
 
     def head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         """The head of an answer to the current request."""
-        request = self.request
-        lines = [status_line(status), self._server.date_line, self._server.handler.extra_headers(request)]
+        request, server = self.request, self._server
+        lines = [server.openings.get(status) or server.opening(status)]
         for name, value in headers:
             lines += (name, b": ", value, b"\r\n")
+        if b"origin" in request.fields:
+            lines.append(server.handler.cors_headers(request))
         if not request.keep_alive:
             lines.append(b"connection: close\r\n")
         elif request.version == "1.0":
@@ -223,6 +221,7 @@ class ClientConnection(asyncio.Protocol):
             if self._thrown_away > self._may_throw_away:
                 self.abort()
             return
+        self._received_before = self._received
         self._received += len(data)
         oldest = self._request or (self._pipeline[0] if self._pipeline else None)
         if oldest is not None and self._received - oldest.came_at > LONGEST_PIPELINE:
@@ -272,6 +271,7 @@ class ClientConnection(asyncio.Protocol):
         self._in_head = True
         self._heads += 1
         self._head_size = 0
+        self._head_after = self._received_before
         self._target = b""
         self._headers = []
         if self._request is None:
@@ -325,12 +325,13 @@ class ClientConnection(asyncio.Protocol):
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _check(self, request: Request, to_come: int) -> None:
-        head_size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
         if len(self._target) > LONGEST_TARGET:
             raise RequestError(414, f"the path is longer than {LONGEST_TARGET >> 10} KiB", code="uri_too_long")
-        if head_size > LONGEST_HEAD:
-            raise _head_too_large()
-        if request.version not in ("1.1", "1.0"):
+        if self._received - self._head_after > LONGEST_HEAD:  # or else it cannot be so large
+            size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+            if size > LONGEST_HEAD:
+                raise _head_too_large()
+        if request.version != "1.1" and request.version != "1.0":
             raise RequestError(505, "speak HTTP/1.1", code="http_version_not_supported")
         if to_come > self._server.handler.max_body_bytes:
             raise self._body_too_large()
@@ -449,7 +450,7 @@ class Server:
         self.handler = handler
         self.connections: set[ClientConnection] = set()
         self.is_closing = False
-        self.date_line = b""
+        self.openings: dict[int, bytes] = {}  # by status, of this second
         self._empty = asyncio.Event()  # of connections, once it is closing
         self._listening: asyncio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
@@ -492,6 +493,13 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticking
 
+    def opening(self, status: int) -> bytes:
+        """The first lines of an answer: its status and the date."""
+        date = formatdate(usegmt=True)
+        made = f"HTTP/1.1 {status} {PHRASES.get(status, 'Unknown')}\r\ndate: {date}\r\n".encode("ascii")
+        self.openings[status] = made
+        return made
+
     def forget(self, connection: ClientConnection) -> None:
         self.connections.discard(connection)
         if self.is_closing and not self.connections:
@@ -503,7 +511,7 @@ class Server:
             self._tick(time.monotonic())
 
     def _tick(self, now: float) -> None:
-        self.date_line = f"date: {formatdate(usegmt=True)}\r\n".encode("ascii")
+        self.openings.clear()
         for connection in list(self.connections):
             if connection.deadline and connection.deadline < now:
                 connection.expire()

@@ -58,8 +58,12 @@ class UpstreamConnection(asyncio.Protocol):
             transport.write(head)
             transport.write(body)
 
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
     def is_usable(self, now: float) -> bool:
-        return self._transport is not None and not self._transport.is_closing() and now - self.idle_since < IDLE_SECONDS
+        return self.is_open and now - self.idle_since < IDLE_SECONDS
 
     def close(self) -> None:
         """End it at once; the server notices, and drops what it was doing."""
@@ -131,19 +135,15 @@ class UpstreamConnection(asyncio.Protocol):
         if self._skipped:
             return
         self._head_size = -1
-        length: int | None = None
         if status in WITHOUT_BODY:
             self._ended, self._reusable = True, False
             if self._receiver is not None:
                 self._receiver.answer_began(status, self._headers, length=None)
             return
-        self._until_close = True
-        for name, value in self._headers:
-            if name == b"content-length":
-                length = int(value)
-                self._until_close = False
-            elif name == b"transfer-encoding":
-                self._until_close = False
+        fields = dict(self._headers)
+        declared = fields.get(b"content-length")
+        length = None if declared is None else int(declared)
+        self._until_close = length is None and b"transfer-encoding" not in fields
         if self._receiver is not None:
             self._receiver.answer_began(status, self._headers, length=length)
 
@@ -164,7 +164,7 @@ class UpstreamConnection(asyncio.Protocol):
         transport = self._transport
         if transport is not None and not transport.is_closing():
             # What a server does with the rest of a request that it answered already, nobody knows.
-            if self._reusable and not transport.get_write_buffer_size():
+            if self._reusable and not self.replica.retired and not transport.get_write_buffer_size():
                 self.idle_since = time.monotonic()
                 if self._paused:
                     self.resume_reading()
