@@ -99,6 +99,15 @@ def test_a_large_body_right_behind_the_second_half_of_its_head(client: Client) -
     assert number_in(client.answer()) == 2
 
 
+def test_pieces_that_end_with_the_beginning_of_a_head(client: Client) -> None:
+    """What stands before it in the same piece is no part of a head."""
+    begin = request("POST", EMBED, "transfer-encoding: chunked") + b'10\r\n{"n": 10, "x": "'
+    next_chunk = b"\r\n249f0\r\n"
+    data, end = b"x" * 150_000, b'\r\n2\r\n"}\r\n0\r\n\r\n'
+    client.send(begin + next_chunk, data + next_chunk, data + end + embed(11)[:9], embed(11)[9:])
+    assert [number_in(client.answer()) for _ in range(2)] == [10, 11]
+
+
 def test_a_byte_at_a_time(client: Client) -> None:
     text = request("POST", EMBED, "transfer-encoding: chunked") + b'8\r\n{"n": 5}\r\n0\r\nx-trailer: 1\r\n\r\n'
     client.send(*(text[place : place + 1] for place in range(len(text))))
