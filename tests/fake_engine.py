@@ -89,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         COUNTERS["vllm:num_requests_running"] += 1
         try:
-            self.work(json.loads(body) if body.startswith(b"{") else {})
+            is_form = self.headers.get("content-type", "").startswith("multipart/")
+            self.work({} if is_form else json.loads(body))
         finally:
             COUNTERS["vllm:num_requests_running"] -= 1
 

@@ -143,3 +143,12 @@ def test_what_an_answer_says_of_its_tokens(answer: bytes, counts: tuple[int, int
     tokens = AnswerTokens()
     tokens.take(answer)
     assert tokens.counts() == counts
+
+
+def test_a_stream_that_told_nothing_has_as_many_tokens_as_pieces() -> None:
+    tokens = StreamTokens(hide=True)
+    for number in range(5):
+        tokens.take(b'data: {"choices": [{"delta": {"content": "%d"}}]}\n\n' % number)
+    assert tokens.counts == (0, 5)
+    tokens.take(b'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 7}}\n\n')
+    assert tokens.counts == (3, 7)

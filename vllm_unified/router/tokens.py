@@ -81,9 +81,13 @@ class AnswerTokens:
 
 
 class StreamTokens:
-    """Of a stream of server-sent events. `hide`: leave out the event that holds nothing but the usage."""
+    """Of a stream of server-sent events. `hide`: leave out the event that holds nothing but the usage.
 
-    __slots__ = ("_hide", "_rest", "at_border", "completion", "prompt")
+    A stream that never told its usage, because its client left before the end, has as many completion tokens as
+    pieces came: engines send a token or a few in each.
+    """
+
+    __slots__ = ("_hide", "_rest", "at_border", "completion", "pieces", "prompt")
 
     def __init__(self, *, hide: bool) -> None:
         self._hide = hide
@@ -91,9 +95,16 @@ class StreamTokens:
         self.at_border = True  # what went to the client so far ends with a whole event
         self.prompt = 0
         self.completion = 0
+        self.pieces = 0
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Prompt and completion tokens."""
+        return self.prompt, self.completion or self.pieces
 
     def take(self, data: bytes) -> bytes:
         """What of `data` goes to the client now; with `hide`, events go whole."""
+        self.pieces += 1
         if not self._rest and data.endswith(b"\n\n") and b'"usage"' not in data:
             self.at_border = True
             return data  # nearly always
