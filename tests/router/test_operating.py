@@ -164,7 +164,8 @@ def test_what_is_for_admins(two_models: Deployment, path: str) -> None:
 
 
 def test_metrics_name_whose_errors_they_were(two_models: Deployment) -> None:
-    assert chat(two_models, "sk-wrong").status_code == 401
+    refused = chat(two_models, "sk-wrong")
+    assert (refused.status_code, "x-request-id" in refused.headers) == (401, True)
     with two_models.client() as client:
         assert client.post("/v1/chat/completions", json={**CHAT, "model": "gone"}).status_code == 404
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200

@@ -66,11 +66,15 @@ class Forwarding:
         self.max_body_bytes = max_body_bytes
         self.exchanges: set[Exchange] = set()
         self.notes: list[Callable[[Record], None]] = []
-        self._prefix = secrets.token_hex(5)
+        self._prefix = secrets.token_hex(5).encode("ascii")
         self._numbers = itertools.count(1)
 
-    def new_id(self) -> bytes:
-        return b"%s-%x" % (self._prefix.encode("ascii"), next(self._numbers))
+    def id_of(self, request: Request) -> bytes:
+        """The client's own where it sent one that can be shown, else a new one."""
+        given = request.fields.get(b"x-request-id")
+        if given and REQUEST_ID.fullmatch(given):
+            return given
+        return b"%s-%x" % (self._prefix, next(self._numbers))
 
     def note(self, record: Record) -> None:
         for each in self.notes:
@@ -120,8 +124,7 @@ class Exchange:
         self.client = client
         self._route = route
         self._key = key
-        given = request.fields.get(b"x-request-id")
-        self.request_id = given if given and REQUEST_ID.fullmatch(given) else forwarding.new_id()
+        self.request_id = forwarding.id_of(request)
         self._body = request.body
         self._last_data = request.started
         self.record = Record(

@@ -98,7 +98,8 @@ class Router:
         route = BY_PATH.get(request.path)
         error.shape = route.errors if route else "openai"
         key = request.key.name if request.key else ""
-        request_id = self.forwarding.new_id().decode("ascii")
+        request_id = self.forwarding.id_of(request).decode("ascii")
+        error.headers["x-request-id"] = request_id
         record = Record("", request_id, request.peer, key, route.path if route else "")
         record.status, record.error = error.status, error.owner
         record.duration_us = int((time.monotonic() - request.started) * 1e6)
