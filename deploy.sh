@@ -132,6 +132,8 @@ verb_restart() {
   must_be_enabled "$1"
   say "restarting $1"
   supervisorctl restart "engines:$1" >/dev/null
+  # The router goes on with the entry that the engine has now.
+  cli reload --restarted "$1"
   cli wait "$1"
 }
 

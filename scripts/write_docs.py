@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from vllm_unified.settings.environment import OWN_VARIABLES, PORT_VARIABLE, Environment
+from vllm_unified.settings.keys import KeyEntry
 from vllm_unified.settings.schema import Endpoint, ModelEntry, ModelsFile, RouterSettings, SystemSettings
 
 CHECKOUT = Path(__file__).parents[1]
@@ -39,11 +40,13 @@ def readme(text: str) -> str:
     ]
     names = " ".join(f"`{name}`" for name in PORTS)
     variables.append((names, "ports, in place of those of models.json; `VLLM_KEY_PORT` works for any model's key"))
+    keys = [(f"`{name}`", str(field.description)) for name, field in KeyEntry.model_fields.items()]
     for mark, head, rows in (
         ("fields", "field", fields),
         ("endpoints", "field", endpoint_fields),
         ("sections", "field", sections),
         ("variables", "variable", variables),
+        ("keys", "field", keys),
     ):
         table = "\n".join([f"| {head} | what it says |", "|---|---|", *(f"| {name} | {said} |" for name, said in rows)])
         before, begin, rest = text.partition(f"<!-- {mark} -->\n\n")

@@ -166,6 +166,26 @@ def test_restart_of_one_model_and_of_all(deployed: Deployed) -> None:
     assert deployed.status()["models"]["embedding"]["pid"] != before["embedding"]["pid"]
 
 
+def test_stop_and_start_of_one_model(deployed: Deployed) -> None:
+    deployed.configure()
+    assert deployed.run("start").returncode == 0
+    before = deployed.status()["models"]
+    assert deployed.run("stop", "chat").stdout == "stopped chat; ./deploy.sh start chat starts it again\n"
+    after = deployed.status()["models"]
+    assert {key: each["state"] for key, each in after.items()} == {"chat": "stopped", "embedding": "ready"}
+    assert after["embedding"]["pid"] == before["embedding"]["pid"]
+    # another that is stopped is not waited for
+    assert deployed.run("restart", "embedding").returncode == 0
+    assert deployed.run("start", "chat").returncode == 0
+    assert {each["state"] for each in deployed.status()["models"].values()} == {"ready"}
+    for verb in ("start", "stop"):
+        unknown = deployed.run(verb, "nobody")
+        assert (unknown.returncode, unknown.stderr) == (
+            1,
+            'deploy.sh: no model "nobody" runs here; see ./deploy.sh status\n',
+        )
+
+
 def test_logs(deployed: Deployed) -> None:
     deployed.configure()
     assert "no logs yet" in deployed.run("logs").stderr

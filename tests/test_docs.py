@@ -12,6 +12,7 @@ from vllm_unified import __version__
 from vllm_unified.cli import cli
 from vllm_unified.router.routes import ROUTES
 from vllm_unified.settings.environment import OWN_VARIABLES
+from vllm_unified.settings.keys import KeyEntry
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 CHINESE = (CHECKOUT / "README.zh.md").read_text(encoding="utf-8")
@@ -32,11 +33,18 @@ def test_every_path_and_setting_is_in_both_readmes(text: str) -> None:
         "/health",
         "/models",
         "/system/info",
+        "/usage",
         "/v1/models",
     ]
     expected += OWN_VARIABLES
     expected += re.findall(r"^\| `([\w.]+)`", README, re.MULTILINE)
     assert [word for word in expected if f"`{word}`" not in text and f"GET {word}`" not in text] == []
+
+
+@pytest.mark.parametrize(("text", "heading"), [(README, "## Keys and usage\n"), (CHINESE, "## 密钥与用量\n")])
+def test_every_field_of_a_key_is_in_both_readmes(text: str, heading: str) -> None:
+    section = text.partition(heading)[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == list(KeyEntry.model_fields)
 
 
 def test_both_readmes_show_the_same_commands() -> None:

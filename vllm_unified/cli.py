@@ -304,7 +304,7 @@ def reload(project: Project, as_json: bool, restarted: str | None) -> None:
     document = json.loads(said)
     if as_json:
         print_json(document)
-    else:
+    elif any(document.values()) or not restarted:
         click.echo(reload_text(document))
 
 

@@ -6,6 +6,7 @@ on the machine.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -13,7 +14,8 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,12 @@ from benchmarks.router.programs import BenchmarkError, Programs, Server, compile
 ENGINE = "engine itself"
 ENGINE_PORTS = 64
 OPEN_FILES = 16384
+ENDING = (signal.SIGINT, signal.SIGTERM)
+# Requests that clients send in turn, where models or keys are many.
+DISTINCT = 64
 # Of ours alone: name → models, keys.
 VARIANTS = {"4 models": (4, 1), "64 models": (64, 1), "10,000 keys": (4, 10_000)}
+VARIED = f"ours with {', '.join(VARIANTS)}"
 
 
 @contextlib.contextmanager
@@ -56,7 +62,9 @@ def one(programs: Programs, name: str, sizes: Sizes) -> Figures:
 
 def variants(programs: Programs, sizes: Sizes) -> dict[str, Figures]:
     """Requests per second through ours with few and with many models and keys."""
-    return {name: _variant(programs, *counts, sizes) for name, counts in VARIANTS.items()}
+    return {
+        name: _variant(programs, models, min(keys, sizes.most_keys), sizes) for name, (models, keys) in VARIANTS.items()
+    }
 
 
 def _variant(programs: Programs, model_count: int, key_count: int, sizes: Sizes) -> Figures:
@@ -64,9 +72,13 @@ def _variant(programs: Programs, model_count: int, key_count: int, sizes: Sizes)
     with engine(programs) as (ports, _), _folder() as folder:
         command = gateways.ours(folder, ports, models, key_count)
         with gateways.running(command, folder, models) as gateway:
-            if key_count > 1 and gateway.key == API_KEY:
-                return {}  # this router reads no keys.yaml
-            wire = [requests.chat(gateway.key, model) for model in models]
+            clients = [gateways.client_key(number) for number in range(min(key_count, DISTINCT))]
+            if gateway.key == API_KEY:  # this router reads no keys.yaml
+                if key_count > 1:
+                    return {}
+                clients = [API_KEY]
+            pairs = itertools.islice(zip(itertools.cycle(clients), itertools.cycle(models), strict=True), DISTINCT)
+            wire = [requests.chat(key, model) for key, model in pairs]
             return measures.rate(Clients(programs.load, gateway.port), wire, sizes)
 
 
@@ -80,17 +92,24 @@ def memory(programs: Programs, sizes: Sizes) -> list[dict[str, float]]:
 
 
 def compare(programs: Programs, names: Sequence[str], count: int, sizes: Sizes) -> dict[str, Any]:
-    rounds: list[dict[str, Figures]] = []
-    varied: list[dict[str, Figures]] = []
+    """What fails is left out of all rounds, and of the tables."""
+    measured: dict[str, Callable[[], Any]] = {name: partial(one, programs, name, sizes) for name in names}
+    if "ours" in names:
+        measured[VARIED] = partial(variants, programs, sizes)
+    rounds: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     for number in range(1, count + 1):
         rounds.append({})
-        for name in names:
+        for name in [each for each in measured if each not in failed]:
             say(f"round {number} of {count}: {name}")
-            rounds[-1][name] = one(programs, name, sizes)
-        if "ours" in names:
-            say(f"round {number} of {count}: ours with {', '.join(VARIANTS)}")
-            varied.append(variants(programs, sizes))
-    return {"machine": machine(), "versions": versions(names), "rounds": rounds, "variants": varied}
+            try:
+                rounds[-1][name] = measured[name]()
+            except BenchmarkError as error:
+                failed[name] = str(error)
+                say(f"left out: {error}")
+    complete = [{name: each[name] for name in each if name not in failed} for each in rounds]
+    varied = [each.pop(VARIED) for each in complete if VARIED in each]
+    return {"rounds": complete, "variants": varied, "failed": failed}
 
 
 def machine() -> dict[str, Any]:
@@ -133,10 +152,18 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def end(number: int, _frame: object) -> None:
+    """Once: a second signal, as `timeout` sends it, would interrupt the ending of what was started."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     options = arguments()
     sizes = QUICK if options.quick else FULL
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in ENDING:
+        signal.signal(number, end)
     allow_open_files()
     try:
         with compiled() as programs:
@@ -144,15 +171,17 @@ def main() -> None:
                 measured: Any = memory(programs, sizes)
                 print(report.memory(measured))
             else:
-                versions(options.only)  # all of them are there
-                measured = compare(programs, options.only, options.rounds, sizes)
+                about = {"machine": machine(), "versions": versions(options.only)}
+                measured = {**about, **compare(programs, options.only, options.rounds, sizes)}
                 print(report.tables(measured))
+        if options.quick:
+            say("--quick: sizes are smaller than the columns say, and the figures mean nothing")
     except BenchmarkError as error:
         sys.exit(f"benchmarks.router: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     if options.json:
         options.json.write_text(json.dumps(measured, indent=2) + "\n")
+    if not options.memory and measured["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

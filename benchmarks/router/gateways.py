@@ -42,14 +42,15 @@ class Gateway:
 @contextlib.contextmanager
 def running(command: Command, folder: Path, models: Sequence[str] = (MODEL,)) -> Iterator[Gateway]:
     """The gateway, from its first complete answers of every model on."""
-    accepted: list[str] = []
+
+    def takes(key: str) -> bool:
+        return all(answers(command.port, chat(key, name)) for name in models)
 
     def is_ready() -> bool:
-        accepted[:] = [key for key in command.keys if all(answers(command.port, chat(key, name)) for name in models)]
-        return bool(accepted)
+        return any(map(takes, command.keys))
 
     with serving(command.arguments, command.environ, folder / "log", is_ready) as server:
-        yield Gateway(command.port, accepted[0], server)
+        yield Gateway(command.port, next(filter(takes, command.keys)), server)
 
 
 def answers(port: int, request: Request) -> bool:
@@ -72,20 +73,24 @@ def ours(folder: Path, engines: Sequence[int], models: Sequence[str] = (MODEL,),
         name: {"name": name, "type": "chat", "port": engines[at], "path": name} for at, name in enumerate(models)
     }
     (config / "models.json").write_text(json.dumps({"models": entries, "router": {"port": port}}))
-    values = [f"sk-of-client-{number}" for number in range(keys)]
-    (config / "keys.yaml").write_text(json.dumps({"keys": [_key_entry(value) for value in values]}))
+    (config / "keys.yaml").write_text(json.dumps({"keys": [_key_entry(number) for number in range(keys)]}))
     return Command(
         [sys.executable, "-m", "vllm_unified", "--config", config / "models.json", "router"],
         port,
         {"VLLM_UNIFIED_HOME": str(folder), "VLLM_API_KEY": API_KEY, "PYTHONPATH": str(CHECKOUT)},
-        (values[-1], API_KEY),
+        (client_key(keys - 1), API_KEY),
     )
 
 
-def _key_entry(value: str) -> dict[str, str | int]:
-    digest = hashlib.sha256(value.encode()).hexdigest()
+def client_key(number: int) -> str:
+    """The key of the client that keys.yaml names `client-NUMBER`."""
+    return f"sk-of-client-{number}"
+
+
+def _key_entry(number: int) -> dict[str, str | int]:
+    digest = hashlib.sha256(client_key(number).encode()).hexdigest()
     limits = {"requests_per_minute": UNREACHED, "tokens_per_minute": UNREACHED}
-    return {"name": value.removeprefix("sk-of-"), "hash": f"sha256:{digest}", **limits}
+    return {"name": f"client-{number}", "hash": f"sha256:{digest}", **limits}
 
 
 NGINX = """
@@ -117,6 +122,7 @@ http {{
       proxy_http_version 1.1;
       proxy_set_header Connection "";
       proxy_buffering off;
+      proxy_request_buffering off;
       proxy_read_timeout 300s;
     }}
   }}

@@ -4,7 +4,8 @@
  *
  * Each FILE is one request as it goes over the wire; a connection sends them in turn.
  * EACH > 0: every connection of a wave is new and sends EACH requests, one after the other; the next wave begins
- *           when all have their answers. All that is not answered after SECONDS counts as an error.
+ *           when all have their answers, unless a quarter of SECONDS is over. All that is not answered after SECONDS
+ *           counts as an error.
  * EACH = 0: the connections are kept and send until SECONDS after WARM_UP; answers within SECONDS count.
  * An answer is complete with status 200, MARKS times the mark "@word" in its body, and END at its end.
  */
@@ -314,11 +315,11 @@ int main(int count, char **arguments) {
 
     counts_from = now() + warm_up;
     counts_until = counts_from + seconds;
-    bool in_time = true;
-    for (long wave = 0; in_time && wave < (each ? waves : 1); wave++)
-        in_time = run(connections, connection_count, counts_until);
+    long begun = 0;
+    do begun++;
+    while (run(connections, connection_count, counts_until) && begun < waves && now() < counts_from + seconds / 4);
     double took = (each ? now() : counts_until) - counts_from;
-    if (each) errors = waves * connection_count * each - complete;
+    if (each) errors = begun * connection_count * each - complete;
     printf("{\"complete\": %ld, \"errors\": %ld, \"seconds\": %.4f", complete, errors, took);
     print_times("first_ms", &first_times);
     print_times("whole_ms", &whole_times);

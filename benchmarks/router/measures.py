@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.router import requests
 from benchmarks.router.gateways import Gateway
-from benchmarks.router.programs import Programs
+from benchmarks.router.programs import BenchmarkError, Programs
 from benchmarks.router.requests import Request
 
 Figures = dict[str, float]
@@ -37,6 +37,7 @@ class Sizes:
     body_bytes: int = 20_000_000
     bodies: int = 5
     memory_requests: int = 1_000_000
+    most_keys: int = 10_000
     at_most: float = 90.0
 
 
@@ -51,6 +52,7 @@ QUICK = Sizes(
     body_bytes=1_000_000,
     bodies=2,
     memory_requests=10_000,
+    most_keys=100,
     at_most=20.0,
 )
 
@@ -75,8 +77,15 @@ class Clients:
     def run(self, wire: Sequence[Request], **options: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             command = self.command(Path(folder), wire, **options)
-            seen: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-            return seen
+            done = subprocess.run(command, stdout=subprocess.PIPE)
+            return _seen(done.stdout)
+
+
+def _seen(printed: bytes) -> dict[str, Any]:
+    if not printed:
+        raise BenchmarkError("the load generator failed")
+    seen: dict[str, Any] = json.loads(printed)
+    return seen
 
 
 def everything(programs: Programs, gateway: Gateway, sizes: Sizes) -> Figures:
@@ -127,7 +136,7 @@ def many_streams(clients: Clients, gateway: Gateway, sizes: Sizes) -> Figures:
             try:
                 while _is_running(running, MEMORY_LOOK_SECONDS):
                     found.append(gateway.server.pss_bytes())
-                seen = json.loads(running.stdout.read() if running.stdout else b"")
+                seen = _seen(running.stdout.read() if running.stdout else b"")
             finally:
                 running.kill()
     return {"mib_of_many_streams": max(found) / (1 << 20), "errors": seen["errors"]}

@@ -65,14 +65,17 @@ class Server:
     process: psutil.Process
 
     def cpu_seconds(self) -> float:
-        return sum(each.cpu_times().user + each.cpu_times().system for each in self._tree())
+        return sum(each.cpu_times().user + each.cpu_times().system for each in self._processes())
 
     def pss_bytes(self) -> int:
         """Memory, where pages that processes share are counted once."""
-        return sum(each.memory_full_info().pss for each in self._tree())
+        return sum(each.memory_full_info().pss for each in self._processes())
 
-    def _tree(self) -> list[psutil.Process]:
-        return [self.process, *self.process.children(recursive=True)]
+    def _processes(self) -> list[psutil.Process]:
+        try:
+            return [self.process, *self.process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            raise BenchmarkError(f"process {self.process.pid} ended by itself") from None
 
 
 @contextlib.contextmanager

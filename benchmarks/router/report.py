@@ -69,7 +69,8 @@ def _footer(measured: dict[str, Any]) -> str:
     rounds = len(measured["rounds"])
     medians = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
     ratios = f"; in brackets the ratio to {REFERENCE} in the same round" if REFERENCE in measured["rounds"][0] else ""
-    return f"{medians}{ratios}. {machine['cores']} cores, {machine['system']}; {versions}."
+    failed = f" Left out, as it failed: {', '.join(measured['failed'])}." if measured["failed"] else ""
+    return f"{medians}{ratios}. {machine['cores']} cores, {machine['system']}; {versions}.{failed}"
 
 
 def memory(steps: Sequence[dict[str, float]]) -> str:

@@ -107,6 +107,25 @@ def test_the_deployments_own_variables_stay_out_of_the_engine(project: Project) 
     }
 
 
+def test_the_key_of_an_endpoint_stays_out_of_the_engine(project: Project) -> None:
+    endpoint = {"url": "https://api.example", "api_key": "$THEIR_KEY"}
+    project.write({"chat": {"name": "c", "type": "chat", "path": "w", "endpoints": [endpoint]}})
+    (project.home / ".env").write_text("THEIR_KEY=sk-theirs\n")
+    command = command_of(project.load(), CPU)
+    environment = command.full_environment({"THEIR_KEY": "sk-theirs", "PATH": "/bin"})
+    assert "sk-theirs" not in [*environment.values(), *command.argv]
+
+
+def test_an_engine_keeps_its_internal_ports_when_another_is_enabled(project: Project) -> None:
+    off = {"name": "off", "type": "chat", "port": 8010}
+    chat = {"name": "c", "type": "chat"}
+    found = []
+    for enabled in (False, True):
+        project.write({"off": {**off, "enabled": enabled}, "chat": chat})
+        found.append(command_of(project.load(), GPUS).environment["VLLM_PORT"])
+    assert found == ["20100", "20100"]
+
+
 ODD: dict[str, Any] = {
     "chat-template": "{% if a %} ;b #c \"d\" 'e' $HOME `x` \\ \n 100%{% endif %}",
     "hf-overrides": {"a b": ["; #", '"', "'", "%(here)s", "é漢"]},

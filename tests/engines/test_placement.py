@@ -9,7 +9,7 @@ from tests.conftest import CHECKOUT, TOPOLOGIES, Project
 from vllm_unified.devices import GIB, Device, read_devices
 from vllm_unified.engines.command import engine_command
 from vllm_unified.engines.memory import parse_bytes
-from vllm_unified.engines.placement import Plan, placement_text, plan, recorded, with_ours_free
+from vllm_unified.engines.placement import Plan, placement_text, plan, plan_now, recorded, with_ours_free
 from vllm_unified.engines.refusal import Change, RefusedPlanError, changed
 from vllm_unified.errors import ConfigError
 from vllm_unified.settings import Settings, load
@@ -390,7 +390,7 @@ def test_the_record_is_read_back(project: Project) -> None:
 
 def test_the_memory_of_running_engines_is_ours(project: Project) -> None:
     settings = settings_of(project, {"a": model(0.8, gpus=[0]), "b": model(0.1, gpus=[0]), "c": model(0.2, gpus=[1])})
-    before = recorded_of(plan(settings, topology("2x80")))
+    before = plan(settings, topology("2x80")).places
     now = [replace(each, free_bytes=size * GIB) for each, size in zip(topology("2x80"), (9, 50), strict=True)]
     with pytest.raises(RefusedPlanError):
         plan(settings, now, before)
@@ -401,8 +401,26 @@ def test_the_memory_of_running_engines_is_ours(project: Project) -> None:
     plan(settings, seen, before)
 
 
-def recorded_of(planned: Plan) -> dict[str, tuple[str, ...]]:
-    return {each.model.key: tuple(device.handle for device in each.devices) for each in planned.placed}
+def test_the_memory_of_a_disabled_model_that_still_runs_is_about_to_be_free(project: Project) -> None:
+    settings = settings_of(project, {"a": model(0.6, enabled=False), "b": model(0.6, gpus=[0])})
+    now = [replace(each, free_bytes=31 * GIB) for each in topology("1x80")]
+    with pytest.raises(RefusedPlanError):
+        plan(settings, now)
+    (card,) = now
+    seen = with_ours_free(settings, now, {"a": [card.handle]}, up=["a"])
+    assert places(plan(settings, seen)) == {"b": [0]}
+
+
+def test_a_model_without_an_engine_takes_no_place(project: Project) -> None:
+    far = {"type": "chat", "endpoints": ["http://gpu-2:8000"]}
+    settings = settings_of(project, {"far": far, "a": model(0.6)})
+    planned = plan(settings, topology("1x80"))
+    assert places(planned) == {"a": [0]}
+    assert planned.order == ("a",)
+    with pytest.raises(RefusedPlanError) as caught:
+        plan(settings_of(project, {"far": far, "a": model(0.6), "b": model(0.6)}), topology("1x80"))
+    assert "far" not in str(caught.value)
+    assert plan_now(settings_of(project, {"far": far}), running=False) == Plan((), (), ())
 
 
 @pytest.mark.parametrize("share", [0.45, 0.75, 0.95])

@@ -226,6 +226,16 @@ def test_a_link_stays_a_link(project: Project) -> None:
     assert "name: a" in elsewhere.read_text()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_root_leaves_the_file_to_its_owner(project: Project) -> None:
+    os.chown(project.home / "config", 1234, 1234)
+    add_key(project.home, {"name": "a", "hash": HASH})
+    assert (project.home / FILE).stat().st_uid == 1234
+    os.chown(project.home / FILE, 4321, 4321)
+    remove_key(project.home, "a")
+    assert (project.home / FILE).stat().st_uid == 4321
+
+
 @pytest.fixture
 def two_models(project: Project) -> Project:
     project.write({"chat": {"name": "qwen", "type": "chat", "aliases": ["gpt-4"]}, "ocr": {"name": "o", "type": "ocr"}})

@@ -18,7 +18,7 @@ from vllm_unified.router.models import model_entry, model_list
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.registry import Served
 from vllm_unified.router.routes import ROUTES
-from vllm_unified.router.serving import OPEN_PATHS, Router
+from vllm_unified.router.serving import HEALTH_PATHS, Router
 from vllm_unified.router.upstream import fetch
 from vllm_unified.router.usage import add_usage
 from vllm_unified.settings import Settings
@@ -35,7 +35,7 @@ def create_app(router: Router, operations: Operations) -> FastAPI:
     _add_metrics(app, router)
     add_usage(app, router.usage)
     add_admin(app, router, operations)
-    add_docs(app, router.registry, [path.decode("ascii") for path in OPEN_PATHS])
+    add_docs(app, router.registry, HEALTH_PATHS)
     for route in ROUTES:  # POST never comes here
         app.add_api_route(route.path, _post_only, methods=["GET"], include_in_schema=False)
     return app

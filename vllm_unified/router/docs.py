@@ -18,8 +18,8 @@ DOCS_PATHS = frozenset(
     {"/docs", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/docs/start.js", "/openapi.json"}
 )
 HEADERS = {
-    # Swagger UI sets styles on elements, and its icons are data: addresses.
-    "content-security-policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'",
+    # Swagger UI's icons are data: addresses.
+    "content-security-policy": "default-src 'self'; img-src 'self' data:",
     "x-content-type-options": "nosniff",
 }
 ICON = (

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -11,14 +12,15 @@ from vllm_unified.router.replica import Replica
 SECONDS = 5.0
 UP = "vllm_unified_engine_scrape_up"
 # The text format: https://prometheus.io/docs/instrumenting/exposition_formats/
-_NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
-_LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*\s*=\s*"(?:[^"\\]|\\.)*"'
-_NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|[iI]nf|NaN)"
+# Possessive (`*+`), so that no line, however broken, takes much longer than its length.
+_NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*+"
+_SPACE = "[ \t]*+"
+_LABEL = rf'[a-zA-Z_][a-zA-Z0-9_]*+{_SPACE}={_SPACE}"[^"\\]*+(?:\\.[^"\\]*+)*+"{_SPACE}'
+_LABELS = rf"\{{{_SPACE}((?:{_LABEL}(?:,{_SPACE}|(?=\}})))*+)\}}"
+_NUMBER = r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++|[iI]nf|NaN)(?:[eE][+-]?[0-9]++)?"
 _TYPES = "counter|gauge|histogram|summary|untyped"
-_COMMENT = re.compile(rf"# (HELP|TYPE(?= \S+ (?:{_TYPES})$)) ({_NAME}) (.*)")
-_SAMPLE = re.compile(
-    rf"({_NAME})\s*(?:\{{\s*((?:{_LABEL}\s*(?:,\s*{_LABEL}\s*)*,?)?)\s*\}})?\s+({_NUMBER}(?:\s+-?\d+)?)\s*"
-)
+_COMMENT = re.compile(rf"# (HELP|TYPE(?= \S++ (?:{_TYPES})$)) ({_NAME}) (.*)")
+_SAMPLE = re.compile(rf"({_NAME}){_SPACE}(?:{_LABELS})?{_SPACE}({_NUMBER}(?:[ \t]++-?[0-9]++)?){_SPACE}")
 _OURS = re.compile(r"(^|,)\s*(model_key|replica)(?=\s*=\s*\")")
 _PARTS = {"histogram": ("_bucket", "_count", "_sum"), "summary": ("_count", "_sum")}
 
@@ -34,15 +36,15 @@ class _Family:
         self.samples: list[str] = []
 
 
-async def merged(registry: Registry, fetch: Fetch) -> bytes:
+async def merged(registry: Registry, fetch: Fetch, seconds: float = SECONDS) -> bytes:
     """Every sample of every local engine, with the labels `model_key` and `replica` before its own.
 
     Prometheus wants all lines of a metric together, so those of the engines are put in one place. An engine that
-    does not answer within 5 s has `vllm_unified_engine_scrape_up` 0 and nothing else.
+    does not answer within `seconds` has `vllm_unified_engine_scrape_up` 0 and nothing else.
     """
     local = [(served.model.key, each) for served in registry.served for each in served.replicas if each.local]
-    texts = await asyncio.gather(*(_text_of(replica, fetch) for _, replica in local))
-    families: dict[str, _Family] = {UP: _Family()}
+    texts = await asyncio.gather(*(_text_of(replica, fetch, seconds) for _, replica in local))
+    families: defaultdict[str, _Family] = defaultdict(_Family)
     families[UP].comments = {"HELP": "1 when the engine told its metrics", "TYPE": "gauge"}
     for (key, replica), text in zip(local, texts, strict=True):
         labels = f'model_key="{_escaped(key)}",replica="{_escaped(replica.name)}"'
@@ -72,29 +74,30 @@ def _target(address: str, **labels: str) -> dict[str, Any]:
     return {"targets": [address], "labels": {**labels, "__metrics_path__": "/metrics"}}
 
 
-async def _text_of(replica: Replica, fetch: Fetch) -> str | None:
+async def _text_of(replica: Replica, fetch: Fetch, seconds: float) -> str | None:
     try:
-        async with asyncio.timeout(SECONDS):
-            status, body = await fetch(replica, "/metrics", SECONDS)
+        async with asyncio.timeout(seconds):
+            status, body = await fetch(replica, "/metrics", seconds)
     except Exception:  # whatever is wrong with one engine, the others are told
         return None
     return body.decode("utf-8", "replace") if status == 200 else None
 
 
-def _take(families: dict[str, _Family], text: str, labels: str) -> None:
+def _take(families: defaultdict[str, _Family], text: str, labels: str) -> None:
     """Put the lines of one engine where they belong. What is no line of the format is left out."""
     types: dict[str, str] = {}
     for line in text.split("\n"):
         if comment := _COMMENT.fullmatch(line):
             word, name, said = comment.groups()
-            families.setdefault(name, _Family()).comments.setdefault(word, said)
+            families[name].comments.setdefault(word, said)
             if word == "TYPE":
                 types[name] = said
         elif sample := _SAMPLE.fullmatch(line):
             name, own, value = sample.groups()
-            own = _OURS.sub(r"\1exported_\2", own) if own else ""
+            if own and ("model_key" in own or "replica" in own):
+                own = _OURS.sub(r"\1exported_\2", own)
             joined = f"{labels},{own}" if own else labels
-            families.setdefault(_family_of(name, types), _Family()).samples.append(f"{name}{{{joined}}} {value}")
+            families[_family_of(name, types)].samples.append(f"{name}{{{joined}}} {value}")
 
 
 def _family_of(sample: str, types: dict[str, str]) -> str:

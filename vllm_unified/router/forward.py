@@ -19,7 +19,7 @@ from vllm_unified.router.health import is_ending
 from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError, not_ready
 from vllm_unified.router.record import Record
-from vllm_unified.router.registry import Registry, Served
+from vllm_unified.router.registry import LONGEST_ECHO, Registry, Served
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import Route
 from vllm_unified.router.server import ClientConnection, Headers, Request
@@ -86,6 +86,31 @@ class Exchange:
     The way of nearly all requests, from a free slot over an idle connection, makes no task and waits for nothing.
     """
 
+    # What most of them never change, so that making one is cheap.
+    _served: Served | None = None
+    _asked: Any = None  # the name of the model in the body
+    _form: bodies.FormField | None = None
+    _session: bytes | None = None
+    _hide_usage = False
+    _forwarded = b""  # headers, as they go to the server
+    _adapted: shapes.Answer | None = None
+    _entered = False  # the key
+    _gated = False
+    _replica: Replica | None = None
+    _connection: UpstreamConnection | None = None
+    _tried: frozenset[Replica] = frozenset()
+    _stale = False  # a connection ended as this was sent over it
+    _last_error: RequestError | None = None
+    _task: asyncio.Task[None] | None = None
+    _held: list[bytes] | None = None
+    _head: bytes | None = None  # of the answer, until its first byte goes with it
+    _chunked = False
+    _stream: StreamTokens | None = None
+    _answer: AnswerTokens | None = None
+    _kept_alive = 0.0
+    _paused = False  # by a client that is slower than the server
+    _over = False
+
     def __init__(self, forwarding: Forwarding, request: Request, client: ClientConnection, route: Route, key: Key):
         self._forwarding = forwarding
         self.request = request
@@ -94,32 +119,16 @@ class Exchange:
         self._key = key
         given = request.fields.get(b"x-request-id")
         self.request_id = given if given and REQUEST_ID.fullmatch(given) else forwarding.new_id()
-        self.record = Record(
-            self.request_id.decode("ascii"), route.path, key.name, request.peer, request.started, len(request.body)
-        )
-        self._served: Served | None = None
-        self._asked: Any = None  # the name of the model in the body
         self._body = request.body
-        self._form: bodies.FormField | None = None
-        self._session: bytes | None = None
-        self._hide_usage = False
-        self._forwarded = b""
-        self._adapted: shapes.Answer | None = None
-        self._gated = False
-        self._replica: Replica | None = None
-        self._connection: UpstreamConnection | None = None
-        self._tried: set[Replica] = set()
-        self._stale = False
-        self._last_error: RequestError | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._held: list[bytes] | None = None
-        self._head: bytes | None = None  # of the answer, until its first byte goes with it
-        self._chunked = False
-        self._tokens: AnswerTokens | StreamTokens | None = None
         self._last_data = request.started
-        self._kept_alive = 0.0
-        self._paused = False  # by a client that is slower than the server
-        self._over = False
+        self.record = Record(
+            "",
+            self.request_id.decode("ascii"),
+            request.peer,
+            key.name,
+            route.path,
+            bytes_in=len(request.body),
+        )
 
     # --- towards the server ---
 
@@ -128,10 +137,11 @@ class Exchange:
         self._forwarding.exchanges.add(self)
         try:
             served = self._prepare()
-            self._key.enter(self.record.started)
+            self._key.enter(self.request.started)
         except RequestError as error:
-            self._refuse(error, entered=False)
+            self._refuse(error)
             return
+        self._entered = True
         self._served = served
         if served.model.wait_for_ready and not served.ready:
             self._later(self._enter_when_ready(served))
@@ -165,7 +175,7 @@ class Exchange:
             if served.model.balancing == "sticky":
                 self._session = _session(request, asked)
         self.record.model = served.model.key
-        self.record.asked = self._asked or ""
+        self.record.asked = self._asked[:LONGEST_ECHO] if self._asked else ""
         return served
 
     def _name_the_model(self, asked: bodies.Asked, name: str) -> None:
@@ -205,7 +215,7 @@ class Exchange:
             self._refuse(error)
             return
         self._gated = True
-        self.record.queued = time.monotonic() - self.record.started
+        self.record.queued_us = self._microseconds(time.monotonic())
         self._try()
 
     def _try(self) -> None:
@@ -273,6 +283,10 @@ class Exchange:
                 lines += (name, b": ", value, b"\r\n")
         return b"".join(lines)
 
+    def _microseconds(self, now: float) -> int:
+        """Since the request came."""
+        return int((now - self.request.started) * 1e6)
+
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)
 
@@ -288,7 +302,7 @@ class Exchange:
             replica.breaker.fail(now)
         else:
             replica.breaker.forget()
-        self._tried.add(replica)
+        self._tried = self._tried | {replica}
         self._last_error = error
         if not self._may_retry:
             self._refuse(error)
@@ -339,14 +353,14 @@ class Exchange:
         name = self._served.model.name if self._served else ""
         return RequestError(502, f'"{name}" {what}', code="engine_error")
 
-    def _refuse(self, error: RequestError, *, entered: bool = True) -> None:
+    def _refuse(self, error: RequestError) -> None:
         """The router's own answer."""
         self.record.status = error.status
         self.record.error = error.owner
         error.shape = self._route.errors
         headers = [*error.wire_headers(), (b"x-request-id", self.request_id)]
         client = self.client
-        self._finish(entered=entered)
+        self._finish()
         client.answer(error.status, headers, error.body())
 
     # --- the answer, as it comes ---
@@ -379,7 +393,7 @@ class Exchange:
         wait = _retry_after(headers)
         if wait is None or wait <= LONGEST_PAUSE_SECONDS or self._served is None or self._replica is None:
             return True
-        return self._served.has_untried(now, {*self._tried, self._replica})
+        return self._served.has_untried(now, self._tried | {self._replica})
 
     async def _judge(self, replica: Replica, status: int, headers: Headers, length: int | None) -> None:
         if await is_ending(replica, self._forwarding.run):
@@ -399,27 +413,29 @@ class Exchange:
         """Compose the head; it goes out with the first byte of the body."""
         record = self.record
         record.status = status
-        record.first_byte = self._last_data
+        record.first_byte_us = self._microseconds(self._last_data)
         if status >= 400:
             record.error = "client" if status < 500 else "engine"
         kind = b""
         answered: Headers = [(b"x-request-id", self.request_id), (b"x-served-by", record.upstream.encode())]
         dropped = NOT_ANSWERED
-        for name, value in headers:
-            if name == b"connection":
-                dropped = dropped | _named_by_connection(headers)
-            elif name == b"content-type":
-                kind = value
-        answered += [each for each in headers if each[0] not in dropped]
+        if named := _named_by_connection(headers):
+            dropped = dropped | named
+        for each in headers:
+            name = each[0]
+            if name == b"content-type":
+                kind = each[1]
+            if name not in dropped:
+                answered.append(each)
         if status >= 400:
             answered.append((b"x-error-source", b"engine"))
             self._adapted = None
         elif kind.startswith(b"text/event-stream"):
-            self._tokens = StreamTokens(hide=self._hide_usage)
+            self._stream = StreamTokens(hide=self._hide_usage)
             if self._hide_usage:
                 length = None
         elif kind.startswith(b"application/json"):
-            self._tokens = AnswerTokens()
+            self._answer = AnswerTokens()
         if self._adapted is not None:
             self._adapted.head = answered
             return
@@ -434,17 +450,17 @@ class Exchange:
 
     def answer_came(self, data: bytes) -> None:
         self._last_data = time.monotonic()
+        stream = self._stream
+        if stream is not None:  # most of all calls
+            data = stream.take(data)
+            if data:
+                self._write(data)
+            return
         if self._held is not None:
             self._held.append(data)
             return
-        tokens = self._tokens
-        if tokens is not None:
-            if isinstance(tokens, StreamTokens):
-                data = tokens.take(data)
-                if not data:
-                    return
-            else:
-                tokens.take(data)
+        if self._answer is not None:
+            self._answer.take(data)
         if self._adapted is not None:
             self._adapted.take(data)
         else:
@@ -455,21 +471,21 @@ class Exchange:
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._head is not None:
-            data, self._head = self._head + data, None
+            data = self._head + data
+            self._head = None
         self.client.write(data)
 
     def answer_ended(self) -> None:
         if self._held is not None:
             self._connection = None  # what was held goes out when it was judged
             return
-        tokens, record = self._tokens, self.record
-        if isinstance(tokens, StreamTokens):
-            if rest := tokens.end():
+        record, client, stream = self.record, self.client, self._stream
+        if stream is not None:
+            if rest := stream.end():
                 self._write(rest)
-            record.prompt_tokens, record.completion_tokens = tokens.prompt, tokens.completion
-        elif tokens is not None:
-            record.prompt_tokens, record.completion_tokens = tokens.counts()
-        client = self.client
+            record.prompt_tokens, record.completion_tokens = stream.prompt, stream.completion
+        elif self._answer is not None:
+            record.prompt_tokens, record.completion_tokens = self._answer.counts()
         if self._adapted is not None:
             adapted = self._adapted
             self._release_replica()
@@ -490,7 +506,7 @@ class Exchange:
         replica = self._replica
         if replica is None:
             return
-        if self.record.first_byte is None and held is None:
+        if self.record.first_byte_us is None and held is None:
             if connection is not None and connection.used and not rubbish and not self._stale:
                 # Idle connections end while a request is on its way to them; that says nothing of the server.
                 self._stale = True
@@ -517,18 +533,18 @@ class Exchange:
 
     def _break_off(self, what: str) -> None:
         """An answer that began can't be taken back: a stream says what happened, anything else is cut."""
-        client, tokens = self.client, self._tokens
+        client, stream = self.client, self._stream
         self.record.error = "engine"
         error = self._engine_error(what)
         error.shape = self._route.errors
-        if isinstance(tokens, StreamTokens):
-            self.record.prompt_tokens, self.record.completion_tokens = tokens.prompt, tokens.completion
-            self._write(tokens.end() + error.event())
+        if stream is not None:
+            self.record.prompt_tokens, self.record.completion_tokens = stream.prompt, stream.completion
+            self._write(stream.end() + error.event())
             if self._chunked:
                 client.write(b"0\r\n\r\n")
         self._release_replica()
         self._finish()
-        if isinstance(tokens, StreamTokens):
+        if stream is not None:
             client.done()
         elif self._adapted is not None or self._head is not None:  # nothing went out yet
             client.answer(error.status, [*error.wire_headers(), (b"x-request-id", self.request_id)], error.body())
@@ -543,7 +559,7 @@ class Exchange:
         limit = replica.endpoint.timeout
         if limit and silent > limit and self._connection is not None and not self._paused:
             self._drop_connection()
-            if self.record.first_byte is None:
+            if self.record.first_byte_us is None:
                 message = f"is served by {replica.name}, which was silent for {limit:g} s"
                 error = self._engine_error(message)
                 error.status = 504
@@ -551,7 +567,7 @@ class Exchange:
             else:
                 self._break_off(f"was silent for {limit:g} s")
         elif now - max(self._last_data, self._kept_alive) > KEEP_ALIVE_SECONDS:
-            if isinstance(self._tokens, StreamTokens) and self._tokens.at_border:
+            if self._stream is not None and self._stream.at_border:
                 self._write(b": keep-alive\n\n")
             self._kept_alive = now
 
@@ -567,8 +583,8 @@ class Exchange:
         if replica is not None:
             replica.breaker.forget()
         self.record.error = "client"
-        if isinstance(self._tokens, StreamTokens):
-            self.record.prompt_tokens, self.record.completion_tokens = self._tokens.prompt, self._tokens.completion
+        if self._stream is not None:
+            self.record.prompt_tokens, self.record.completion_tokens = self._stream.prompt, self._stream.completion
         self._finish()
 
     def pause(self) -> None:
@@ -588,17 +604,18 @@ class Exchange:
         if connection is not None:
             connection.close()
 
-    def _finish(self, *, entered: bool = True) -> None:
+    def _finish(self) -> None:
         """Give back what was taken, once, and say what it was."""
         if self._over:
             return
         self._over = True
         self._forwarding.exchanges.discard(self)
-        record = self.record
-        record.ended = now = time.monotonic()
+        record, now = self.record, time.monotonic()
+        seconds = now - self.request.started
+        record.duration_us = int(seconds * 1e6)
         if self._gated and self._served is not None:
-            self._served.gate.leave(now - record.started - record.queued)
-        if entered:
+            self._served.gate.leave(seconds - record.queued_us * 1e-6)
+        if self._entered:
             self._key.leave(record.prompt_tokens + record.completion_tokens, now)
         self._forwarding.note(record)
 
@@ -616,6 +633,8 @@ def _learn(replica: Replica, status: int, now: float) -> None:
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:
     """`Connection: close, x-mine` says that x-mine speaks of this connection alone."""
     values = [value for name, value in headers if name == b"connection"]
+    if not values or values == [b"keep-alive"] or values == [b"close"]:
+        return frozenset()
     return frozenset(word.strip().lower() for value in values for word in value.split(b","))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from vllm_unified.errors import ConfigError
 from vllm_unified.router.limits import Window
 from vllm_unified.router.problems import RequestError
-from vllm_unified.router.usage import Usage
+from vllm_unified.router.usage import Usage, today
 from vllm_unified.settings.keys import DEPLOYMENT, FILE, KeyEntry, hash_of, read_keys
 
 # A file is read when two looks found the same: an editor may be in the middle of writing it.
@@ -138,12 +138,11 @@ class Key:
         return RequestError(429, message, code="rate_limit_exceeded", headers={"retry-after": str(wait)})
 
     def _begin_day(self, wall: float) -> None:
-        today = datetime.fromtimestamp(wall, UTC)
-        midnight = today.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
-        self._midnight = midnight.timestamp()
+        day = datetime.fromtimestamp(wall, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        self._midnight = (day + timedelta(days=1)).timestamp()
         self._day_tokens = 0
-        if (today.year, today.month) != self._month:
-            self._month = (today.year, today.month)
+        if (day.year, day.month) != self._month:
+            self._month = (day.year, day.month)
             self._month_tokens = 0
 
 
@@ -200,28 +199,24 @@ class KeyRing:
         self._take(*self._read())
 
     def _look(self) -> tuple[int, int, int] | None:
-        """Differs after each change of the file; None without one."""
+        """Differs after each change of the file, a chmod that makes it readable among them; None without one."""
         try:
             found = (self._home / FILE).stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_ctime_ns, found.st_size, found.st_ino
 
     def _read(self) -> tuple[tuple[KeyEntry, ...], Mapping[str, int], Mapping[str, int]]:
         """The entries, and by name the tokens of today and of this month."""
-        today = datetime.now(UTC).date()
-        return (
-            read_keys(self._home),
-            self._usage.tokens_since(today),
-            self._usage.tokens_since(today.replace(day=1)),
-        )
+        day = today()
+        return read_keys(self._home), self._usage.tokens_since(day), self._usage.tokens_since(day.replace(day=1))
 
-    def _take(self, entries: Sequence[KeyEntry], today: Mapping[str, int], this_month: Mapping[str, int]) -> None:
+    def _take(self, entries: Sequence[KeyEntry], of_day: Mapping[str, int], of_month: Mapping[str, int]) -> None:
         before, self._keys = self._keys, {}
         for entry in entries:
             key = before.get(entry.name) or Key(entry)
             key.change(entry)
-            key.seed(today.get(key.name, 0), this_month.get(key.name, 0))
+            key.seed(of_day.get(key.name, 0), of_month.get(key.name, 0))
             self._keys[key.name] = key
         self._by_digest = {key.digest: key for key in (*self._keys.values(), self._deployment)}
         self.problem = None
@@ -236,6 +231,6 @@ def _not_let_in(message: str) -> RequestError:
 
 
 def _next_month(wall: float) -> float:
-    today = datetime.fromtimestamp(wall, UTC)
-    year, month = divmod(today.year * 12 + today.month, 12)
+    day = datetime.fromtimestamp(wall, UTC)
+    year, month = divmod(day.year * 12 + day.month, 12)
     return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()

@@ -101,13 +101,12 @@ class Metrics(Collector):
         if record.tries > 1:
             alike.retries += record.tries - 1
         if record.upstream:
-            started = record.started
-            alike.duration.observe(record.ended - started)
-            alike.queue.observe(record.queued)
-            if record.first_byte is not None:
-                alike.first_byte.observe(record.first_byte - started)
-        elif record.queued:
-            alike.queue.observe(record.queued)
+            alike.duration.observe(record.duration_us * 1e-6)
+            alike.queue.observe(record.queued_us * 1e-6)
+            if record.first_byte_us is not None:
+                alike.first_byte.observe(record.first_byte_us * 1e-6)
+        elif record.queued_us:
+            alike.queue.observe(record.queued_us * 1e-6)
         key = record.key
         if key:
             use = self._keys.get(key) or self._keys.setdefault(key, _Use())

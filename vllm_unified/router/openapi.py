@@ -141,9 +141,9 @@ def _operation(route: Route, registry: Registry) -> Schema:
     if "stream" in body.further:
         answer["text/event-stream"] = {"schema": {"type": "string"}}
     return {
-        "tags": [" and ".join(route.kinds)],
+        "tags": [", ".join(route.kinds)],
         "summary": route.summary,
-        "operationId": route.path.strip("/").replace("/", "_"),
+        "operationId": route.path.strip("/").replace("/", "-"),
         "requestBody": {"required": True, "content": _content(route, body, registry)},
         "responses": {
             "200": {"description": "as the model's server answers", "content": answer},

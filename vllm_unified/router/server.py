@@ -37,15 +37,9 @@ LONGEST_PIPELINE = 256 * 1024
 SMALL_BODY = 256 * 1024
 BACKLOG = 1024
 
-STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in http.HTTPStatus
-}
+PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 Headers = list[tuple[bytes, bytes]]
 log = logging.getLogger(__name__)
-
-
-def status_line(status: int) -> bytes:
-    return STATUS_LINES.get(status) or f"HTTP/1.1 {status} Unknown\r\n".encode("ascii")
 
 
 class Request:
@@ -94,8 +88,8 @@ class Handler(Protocol):
     def refused(self, request: Request, error: RequestError) -> None:
         """The server answered it by itself; `handle` is not called."""
 
-    def extra_headers(self, request: Request) -> bytes:
-        """Lines of the head of every answer to it."""
+    def cors_headers(self, request: Request) -> bytes:
+        """Lines of the head of every answer to a request with an Origin."""
 
 
 class ClientConnection(asyncio.Protocol):
@@ -109,6 +103,7 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = 0.0
         self._in_head = False
         self._head_size = 0
+        self._read_size = 0
         self._target = b""
         self._headers: Headers = []
         self._reading: Request | None = None  # its body is still to come
@@ -141,10 +136,12 @@ class ClientConnection(asyncio.Protocol):
 
     def head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         """The head of an answer to the current request."""
-        request = self.request
-        lines = [status_line(status), self._server.date_line, self._server.handler.extra_headers(request)]
+        request, server = self.request, self._server
+        lines = [server.openings.get(status) or server.opening(status)]
         for name, value in headers:
             lines += (name, b": ", value, b"\r\n")
+        if b"origin" in request.fields:
+            lines.append(server.handler.cors_headers(request))
         if not request.keep_alive:
             lines.append(b"connection: close\r\n")
         elif request.version == "1.0":
@@ -226,6 +223,7 @@ class ClientConnection(asyncio.Protocol):
             if self._pipelined_bytes > LONGEST_PIPELINE:
                 self.abort()
                 return
+        self._read_size = len(data)
         while data:
             try:
                 self._parser.feed_data(data)
@@ -284,15 +282,16 @@ class ClientConnection(asyncio.Protocol):
         self._body = []
         self._body_size = 0
         self._discarding = False
-        to_come = int(request.fields.get(b"content-length", b"0"))
-        chunked = b"transfer-encoding" in request.fields
+        fields = request.fields
+        to_come = int(fields.get(b"content-length", b"0"))
+        chunked = b"transfer-encoding" in fields
         try:
             self._check(request, to_come)
             self._server.handler.admit(request)
         except RequestError as refusal:
             request.refusal = refusal
             self._discarding = True
-        waits = request.fields.get(b"expect", b"").lower() == b"100-continue" and request.version != "1.0"
+        waits = b"expect" in fields and fields[b"expect"].lower() == b"100-continue" and request.version != "1.0"
         if self._request is not None:
             return
         if request.refusal is not None and (chunked or to_come > SMALL_BODY or waits):
@@ -304,12 +303,14 @@ class ClientConnection(asyncio.Protocol):
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _check(self, request: Request, to_come: int) -> None:
-        head_size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
         if len(self._target) > LONGEST_TARGET:
             raise RequestError(414, f"the path is longer than {LONGEST_TARGET >> 10} KiB", code="uri_too_long")
-        if head_size > LONGEST_HEAD:
-            raise _head_too_large()
-        if request.version not in ("1.1", "1.0"):
+        # What was read at once is not counted while it is read.
+        if self._head_size + self._read_size > LONGEST_HEAD:
+            size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+            if size > LONGEST_HEAD:
+                raise _head_too_large()
+        if request.version != "1.1" and request.version != "1.0":
             raise RequestError(505, "speak HTTP/1.1", code="http_version_not_supported")
         if to_come > self._server.handler.max_body_bytes:
             raise self._body_too_large()
@@ -401,7 +402,7 @@ class Server:
         self.handler = handler
         self.connections: set[ClientConnection] = set()
         self.is_closing = False
-        self.date_line = b""
+        self.openings: dict[int, bytes] = {}  # by status, of this second
         self._empty = asyncio.Event()  # of connections, once it is closing
         self._listening: asyncio.Server | None = None
         self._ticking: asyncio.Task[None] | None = None
@@ -444,6 +445,13 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticking
 
+    def opening(self, status: int) -> bytes:
+        """The first lines of an answer: its status and the date."""
+        date = formatdate(usegmt=True)
+        made = f"HTTP/1.1 {status} {PHRASES.get(status, 'Unknown')}\r\ndate: {date}\r\n".encode("ascii")
+        self.openings[status] = made
+        return made
+
     def forget(self, connection: ClientConnection) -> None:
         self.connections.discard(connection)
         if self.is_closing and not self.connections:
@@ -455,7 +463,7 @@ class Server:
             self._tick(time.monotonic())
 
     def _tick(self, now: float) -> None:
-        self.date_line = f"date: {formatdate(usegmt=True)}\r\n".encode("ascii")
+        self.openings.clear()
         for connection in list(self.connections):
             if connection.deadline and connection.deadline < now:
                 connection.expire()

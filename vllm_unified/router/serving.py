@@ -15,6 +15,7 @@ from vllm_unified.errors import UserError
 from vllm_unified.router import health
 from vllm_unified.router.access_log import AccessLog
 from vllm_unified.router.asgi import AsgiWork
+from vllm_unified.router.docs import DOCS_PATHS
 from vllm_unified.router.forward import Exchange, Forwarding
 from vllm_unified.router.keys import KeyRing
 from vllm_unified.router.metrics import Metrics
@@ -27,9 +28,9 @@ from vllm_unified.router.server import ClientConnection, Request, Server, Work
 from vllm_unified.router.usage import Usage
 from vllm_unified.settings import Settings
 
+HEALTH_PATHS = frozenset({"/live", "/ready", "/health"})
 # The documentation is read by browsers, which have no key; it shows nothing of this deployment but model names.
-OPEN_PATHS = frozenset({b"/live", b"/ready", b"/health", b"/docs", b"/openapi.json"})
-OPEN_FOLDER = b"/docs/"
+OPEN_PATHS = frozenset(path.encode("ascii") for path in HEALTH_PATHS | DOCS_PATHS)
 FLUSH_SECONDS = 0.5
 PREFLIGHT_SECONDS = b"600"
 
@@ -50,7 +51,7 @@ class Router:
         self.app: ASGIApp | None = None
         self.server = Server(self)
         self.metrics = Metrics(self.registry, lambda: len(self.server.connections))
-        self.access_log = AccessLog(sys.stdout.buffer, self.registry)
+        self.access_log = AccessLog(sys.stdout.buffer)
         self._take_notes()
 
     def apply(self, settings: Settings) -> None:
@@ -72,7 +73,7 @@ class Router:
     # --- a request, from its head on ---
 
     def admit(self, request: Request) -> None:
-        if request.path in OPEN_PATHS or request.path.startswith(OPEN_FOLDER) or _is_preflight(request):
+        if request.path in OPEN_PATHS or _is_preflight(request):
             return
         try:
             request.key = self.keys.authenticate(_token(request))
@@ -95,15 +96,16 @@ class Router:
         route = BY_PATH.get(request.path)
         key = request.key.name if request.key else ""
         request_id = self.forwarding.new_id().decode("ascii")
-        record = Record(request_id, route.path if route else "", key, request.peer, request.started, 0)
-        record.status, record.error, record.ended = error.status, error.owner, time.monotonic()
+        record = Record("", request_id, request.peer, key, route.path if route else "")
+        record.status, record.error = error.status, error.owner
+        record.duration_us = int((time.monotonic() - request.started) * 1e6)
         self.forwarding.note(record)
 
-    def extra_headers(self, request: Request) -> bytes:
+    def cors_headers(self, request: Request) -> bytes:
         """What lets a web page of an allowed origin read the answer."""
-        origin = request.fields.get(b"origin")
+        origin = request.fields[b"origin"]
         allowed = self.settings.router.cors_origins
-        if origin is None or not allowed:
+        if not allowed:
             return b""
         if "*" not in allowed and origin.decode("latin-1") not in allowed:
             return b"vary: origin\r\n"
@@ -124,7 +126,7 @@ class Router:
                 error=bool(record.error),
                 prompt_tokens=record.prompt_tokens,
                 completion_tokens=record.completion_tokens,
-                seconds=record.ended - record.started,
+                seconds=record.duration_us * 1e-6,
             )
 
     # --- its life ---

@@ -134,14 +134,10 @@ class UpstreamConnection(asyncio.Protocol):
         if self._skipped:
             return
         self._head_size = -1
-        length: int | None = None
-        self._until_close = status not in (204, 304)
-        for name, value in self._headers:
-            if name == b"content-length":
-                length = int(value)
-                self._until_close = False
-            elif name == b"transfer-encoding":
-                self._until_close = False
+        fields = dict(self._headers)
+        declared = fields.get(b"content-length")
+        length = None if declared is None else int(declared)
+        self._until_close = length is None and b"transfer-encoding" not in fields and status not in (204, 304)
         if self._receiver is not None:
             self._receiver.answer_began(status, self._headers, length=length)
 

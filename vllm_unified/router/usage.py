@@ -166,9 +166,9 @@ class Usage:
         return found
 
     def _begin_day(self, now: float) -> None:
-        today = datetime.fromtimestamp(now, UTC).date()
-        self._day = today.isoformat()
-        self._midnight = datetime.combine(today + timedelta(days=1), datetime.min.time(), UTC).timestamp()
+        day = datetime.fromtimestamp(now, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        self._day = day.date().isoformat()
+        self._midnight = (day + timedelta(days=1)).timestamp()
 
     def _on_disk(self, work: Callable[[sqlite3.Connection], Found]) -> Found:
         """Work with the database; with a new one when the file turns out to be broken."""
@@ -203,6 +203,11 @@ class Usage:
                 part.rename(self._path.with_name(f"{aside}{suffix}"))
 
 
+def today() -> date:
+    """Of UTC, as everywhere here."""
+    return datetime.fromtimestamp(time.time(), UTC).date()
+
+
 def recorded_tokens(path: Path, day: date) -> dict[str, int]:
     """The same as `Usage.tokens_since`, for a process beside the router: as of its last flush, and nothing is written.
 
@@ -212,7 +217,8 @@ def recorded_tokens(path: Path, day: date) -> dict[str, int]:
         return {}
     connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=LOCKED_SECONDS)
     try:
-        return _tokens_since(connection, day)
+        is_made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'usage'").fetchone()
+        return _tokens_since(connection, day) if is_made else {}
     finally:
         connection.close()
 
@@ -266,9 +272,8 @@ def add_usage(app: FastAPI, usage: Usage) -> None:
         model: str | None = None,
         format: str | None = None,
     ) -> Response:
-        today = datetime.now(UTC).date()
-        since = _date("from", from_, today.replace(day=1))
-        until = _date("to", to, today)
+        since = _date("from", from_, today().replace(day=1))
+        until = _date("to", to, today())
         if since > until:
             raise _bad("from", f"{since} is after {until}; swap from and to")
         is_csv = _is_csv(format, request.headers.get("accept", ""))

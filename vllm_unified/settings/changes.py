@@ -82,7 +82,7 @@ def changes(old: Settings, new: Settings, restarted: Collection[str] = ()) -> Ch
         router=old.router.model_copy(update={name: getattr(new.router, name) for name in LIVE_ROUTER_FIELDS}),
         endpoint_variables=new.endpoint_variables,
     )
-    result.applied.extend(_differences("router", dict(old.router), dict(in_force.router)))
+    result.applied.extend(_differences("router.", dict(old.router), dict(in_force.router)))
     return replace(result, settings=in_force)
 
 
@@ -116,9 +116,9 @@ def _of_fields(old: Model, new: Model, fields: Collection[str]) -> Iterator[str]
         if name == "endpoints":
             yield from _of_endpoints(f"{place}.endpoints", was, now)
         elif name == "engine_args":
-            yield from _differences(f"{place}.engine_args", was, now)
+            yield from _differences(f"{place}.engine_args.", was, now)
         else:
-            yield from _differences(place, {name: was}, {name: now})
+            yield from _differences(f"{place}.", {name: was}, {name: now})
 
 
 def _of_endpoints(place: str, old: list[Endpoint], new: list[Endpoint]) -> Iterator[str]:
@@ -126,17 +126,18 @@ def _of_endpoints(place: str, old: list[Endpoint], new: list[Endpoint]) -> Itera
     yield from (f"{place}: {url}: removed" for url in was if url not in now)
     yield from (f"{place}: {url}: added" for url in now if url not in was)
     for url in (url for url in now if url in was):
-        yield from _differences(f"{place}: {url}", dict(was[url]), dict(now[url]))
+        yield from _differences(f"{place}: {url}: ", dict(was[url]), dict(now[url]))
 
 
 def _of_all(old: Settings, new: Settings) -> Iterator[str]:
     """What the router's own process, or every keeper, was started with."""
-    yield from _differences("router", *(_fixed(each.router) for each in (old, new)))
-    yield from _differences("system", dict(old.system), dict(new.system))
+    yield from _differences("router.", *(_fixed(each.router) for each in (old, new)))
+    yield from _differences("system.", dict(old.system), dict(new.system))
     yield from _differences("", *(_variables(each.environment) for each in (old, new)))
-    yield from _differences("config/vllm_config.yaml", old.engine_args, new.engine_args)
-    names = sorted({*old.engine_env, *new.engine_env})
-    yield from (f"{name}: changed" for name in names if old.engine_env.get(name) != new.engine_env.get(name))
+    yield from _differences("config/vllm_config.yaml: ", old.engine_args, new.engine_args)
+    was, now = old.engine_env, new.engine_env
+    names = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    yield from (f"variables of the engines: {name}: changed" for name in names)
 
 
 def _fixed(router: RouterSettings) -> dict[str, Any]:
@@ -152,8 +153,7 @@ def _differences(place: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
     for name in {**old, **new}:
         was, now = old.get(name), new.get(name)
         if was != now:
-            where = f"{place}.{name}" if place else name
-            yield f"{where}: changed" if name in UNSHOWN else f"{where}: {_shown(was)} → {_shown(now)}"
+            yield f"{place}{name}: " + ("changed" if name in UNSHOWN else f"{_shown(was)} → {_shown(now)}")
 
 
 def _shown(value: Any) -> str:

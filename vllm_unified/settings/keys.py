@@ -16,8 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_unified.errors import ConfigError, Problem
-from vllm_unified.settings import files
-from vllm_unified.settings.load import _message, _place
+from vllm_unified.settings import files, findings
 from vllm_unified.settings.schema import Name
 
 FILE = "config/keys.yaml"
@@ -51,15 +50,17 @@ class KeyEntry(BaseModel):
     models: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None, description="the models that it may use, by key, name or alias (default: all)"
     )
-    requests_per_minute: Limit | None = Field(default=None, description="requests in any 60 seconds")
+    requests_per_minute: Limit | None = Field(default=None, description="requests within 60 seconds")
     tokens_per_minute: Limit | None = Field(
-        default=None, description="tokens in any 60 seconds; a request is let in while fewer were used"
+        default=None, description="tokens within 60 seconds; a request is let in while fewer were used"
     )
     max_concurrent: Limit | None = Field(default=None, description="requests at the same time")
     tokens_per_day: Limit | None = Field(default=None, description="tokens in a day, UTC")
     tokens_per_month: Limit | None = Field(default=None, description="tokens in a calendar month, UTC")
     expires: Until | None = Field(default=None, description="last day (UTC) or moment at which it works")
-    priority: int = Field(default=0, description="of the requests that wait for a model the highest goes first")
+    priority: int = Field(
+        default=0, description="of the requests that wait for a model the highest goes first (default 0)"
+    )
     admin: bool = Field(default=False, description="true: it sees the usage of every key")
     created: Since | None = Field(default=None, description="when it was made; `keys list --json` shows it")
 
@@ -126,7 +127,9 @@ def _entries(document: Any) -> tuple[KeyEntry, ...]:
 def _problem(detail: Any) -> Problem:
     place = detail["loc"]
     is_field = len(place) > 2  # what stands in the place of an entry may be the key itself
-    return Problem(FILE, _place(detail), _message(detail, KeyEntry if is_field else _KeysFile, secret=not is_field))
+    return Problem(
+        FILE, findings.place(detail), findings.message(detail, KeyEntry if is_field else _KeysFile, secret=not is_field)
+    )
 
 
 def _repeated(values: list[str]) -> list[tuple[int, str]]:
@@ -227,6 +230,7 @@ def _alone(home: Path) -> Iterator[None]:
     folder = home / "run"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "keys.lock").open("w") as lock:
+        _give(lock.fileno(), folder)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -244,7 +248,15 @@ def _replace(home: Path, text: str, names: list[str]) -> None:
     fresh = path.with_name(f"{path.name}.new")
     fresh.unlink(missing_ok=True)
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        _give(file.fileno(), path if path.exists() else path.parent)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
+
+
+def _give(descriptor: int, like: Path) -> None:
+    """What root makes, in a container say, belongs to whom its neighbour belongs: the router may be no root."""
+    if os.geteuid() == 0:
+        owner = like.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)

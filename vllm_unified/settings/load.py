@@ -3,9 +3,7 @@
 Precedence, highest first: environment variable, the model's own field, vllm_config.yaml, vLLM's default.
 """
 
-import difflib
 import ipaddress
-import json
 import re
 import ssl
 from collections.abc import Callable, Mapping
@@ -15,10 +13,9 @@ from typing import Any, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from vllm_unified.errors import ConfigError, Problem, UserError
-from vllm_unified.settings import files
+from vllm_unified.settings import files, findings
 from vllm_unified.settings.environment import (
     OWN_VARIABLES,
     PORT_VARIABLE,
@@ -34,7 +31,6 @@ from vllm_unified.settings.environment import (
 from vllm_unified.settings.schema import (
     DEFAULT_PORTS,
     PER_ENGINE_VARIABLES,
-    DeviceEntry,
     Endpoint,
     EngineDefaults,
     FlagValue,
@@ -195,7 +191,9 @@ def _read_environment(
         for detail in error.errors():
             name = str(detail["loc"][0])
             secret = name in (variable_of("api_key"), variable_of("hf_token"))
-            problems.append(Problem(variables.file_of(name), name, _message(detail, Environment, secret=secret)))
+            problems.append(
+                Problem(variables.file_of(name), name, findings.message(detail, Environment, secret=secret))
+            )
         return None
 
 
@@ -205,7 +203,9 @@ def _parsed(kind: type[File], read: Callable[[], Any], shown: str, problems: lis
     except ConfigError as error:
         problems += error.problems
     except ValidationError as error:
-        problems += [Problem(shown, _place(detail), _message(detail, kind)) for detail in error.errors()]
+        problems += [
+            Problem(shown, findings.place(detail), findings.message(detail, kind)) for detail in error.errors()
+        ]
     return None
 
 
@@ -240,7 +240,7 @@ class _Resolver:
             ModelEntry.model_validate({"name": "defaults", "type": "chat", **found})
         except ValidationError as error:
             problems += [
-                Problem("config/vllm_config.yaml", _place(detail), _message(detail, ModelEntry))
+                Problem("config/vllm_config.yaml", findings.place(detail), findings.message(detail, ModelEntry))
                 for detail in error.errors()
             ]
             return {}
@@ -416,63 +416,3 @@ def _passed_on(variables: Variables, file: ModelsFile, endpoint_variables: froze
 
 def _shown(path: Path, home: Path) -> str:
     return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
-
-
-def _place(detail: ErrorDetails) -> str:
-    parts = list(detail["loc"])
-    if detail["type"] in ("extra_forbidden", "missing") or "[key]" in parts:
-        parts = [part for part in parts[:-1] if part != "[key]"]
-    # the branches of a union are pydantic's own words
-    kept = [str(part) for part in parts if not isinstance(part, str) or "[" not in part]
-    return ".".join(kept)
-
-
-def _message(detail: ErrorDetails, kind: type[BaseModel], *, secret: bool = False) -> str:
-    if detail["loc"][-1:] == ("api_key",) and detail["type"] != "extra_forbidden":
-        return "use printable ASCII without spaces; it travels in an HTTP header"
-    given = "" if secret else f"{_quoted(detail['input'])}: "
-    match detail["type"]:
-        case "extra_forbidden":
-            return _unknown_key(str(detail["loc"][-1]), _fields_at(kind, detail["loc"][:-1]))
-        case "missing":
-            return f'"{detail["loc"][-1]}" is missing'
-        case "value_error":
-            return str(detail["ctx"]["error"])
-        case "string_pattern_mismatch" if detail["loc"][-1] == "[key]" or "models" in detail["loc"]:
-            return f"{given}use letters, digits and _ - {'' if '[key]' in detail['loc'] else '. : / @ + '}only"
-        case "string_pattern_mismatch" if "cors_origins" in detail["loc"]:
-            return f"{given}use https://HOST without a path, or * for any"
-        case "literal_error":
-            return f"{given}choose one of {detail['ctx']['expected']}"
-        case "too_short":
-            return "at least one is needed"
-        case "model_type":
-            return f"{given}should be an object in braces"
-        case _:
-            return f"{given}{detail['msg'].removeprefix('Input ')}"
-
-
-def _unknown_key(key: str, fields: list[str]) -> str:
-    near = difflib.get_close_matches(key, fields, n=1)
-    hint = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(fields)}"
-    return f'nothing reads "{key}"; {hint}'
-
-
-def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    inside: dict[str, type[BaseModel]] = {"models": ModelEntry, "router": RouterSettings, "system": SystemSettings}
-    inside |= {"devices": DeviceEntry, "endpoints": Endpoint}
-    named = [inside[str(part)] for part in place[::2] if part in inside]
-    holder = named[-1] if named else kind
-    return list(holder.model_fields)
-
-
-def _quoted(value: Any) -> str:
-    text = json.dumps(_without_keys(value), ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _without_keys(value: Any) -> Any:
-    """As it may be shown: with no key of an endpoint in it."""
-    if isinstance(value, dict):
-        return {name: "…" if name == "api_key" else _without_keys(inner) for name, inner in value.items()}
-    return [_without_keys(inner) for inner in value] if isinstance(value, list) else value
