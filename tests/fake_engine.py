@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         COUNTERS["vllm:num_requests_running"] += 1
         try:
-            self.work(json.loads(body) if body.startswith(b"{") else {})
+            self.work(document_in(body))
         finally:
             COUNTERS["vllm:num_requests_running"] -= 1
 
@@ -147,6 +147,13 @@ class Handler(BaseHTTPRequestHandler):
             pass
         SEEN["cancelled"] += 1
         self.close_connection = True
+
+
+def document_in(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:  # a form, an integer with thousands of digits
+        return {}
 
 
 class Server(ThreadingHTTPServer):

@@ -23,6 +23,7 @@ class Asked(msgspec.Struct):
 
 
 _asked = msgspec.json.Decoder(Asked)
+_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def asked_in(body: bytes) -> Asked:
@@ -43,17 +44,25 @@ def asked_in(body: bytes) -> Asked:
 
 def document_in(body: bytes) -> dict[str, Any]:
     """The whole body, which `asked_in` has taken already."""
-    document = json.loads(body)
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as error:  # as of an integer with more than 4300 digits
+        raise RequestError(400, f"the body can't be read: {error}", code="invalid_json") from None
     if not isinstance(document, dict):
         raise RequestError(400, "the body must be a JSON object", code="invalid_json")
     return document
 
 
 def with_fields(body: bytes, fields: dict[str, Any]) -> bytes:
-    """The body with `fields` set."""
-    return json.dumps({**document_in(body), **fields}, ensure_ascii=False, separators=(",", ":")).encode(
-        "utf-8", "surrogatepass"
-    )
+    """The body with `fields` set; the others stay as they were written, to the last digit."""
+    try:
+        document = _raw_fields.decode(body)
+    except msgspec.DecodeError:  # half a surrogate pair, which Python takes
+        whole = {**document_in(body), **fields}
+        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    for name, value in fields.items():
+        document[name] = msgspec.Raw(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return msgspec.json.encode(document)
 
 
 def with_new_field(body: bytes, field: bytes) -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import logging
 import random
 import re
 import secrets
@@ -35,6 +36,7 @@ RETRIED = frozenset({408, 429, 502, 503, 504})
 # Proxies cut a stream that is silent for 60 to 120 s.
 KEEP_ALIVE_SECONDS = 15.0
 LOOK_FOR_READY_SECONDS = 0.1
+log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 # RFC 9110, 7.6.1: these speak of one connection.
 HOP_BY_HOP = frozenset(
@@ -136,20 +138,18 @@ class Exchange:
         """Everything up to the first try, without waiting where nothing has to be waited for."""
         self._forwarding.exchanges.add(self)
         try:
-            served = self._prepare()
+            self._served = served = self._prepare()
             self._key.enter(self.request.started)
-        except RequestError as error:
-            self._refuse(error)
-            return
-        self._entered = True
-        self._served = served
-        if served.model.wait_for_ready and not served.ready:
-            self._later(self._enter_when_ready(served))
-        elif served.gate.try_enter():
-            self._gated = True
-            self._try()
-        else:
-            self._later(self._enter(served))
+            self._entered = True
+            if served.model.wait_for_ready and not served.ready:
+                self._later(self._enter_when_ready(served))
+            elif served.gate.try_enter():
+                self._gated = True
+                self._try()
+            else:
+                self._later(self._enter(served))
+        except Exception as error:
+            self._give_up(error)
 
     def _prepare(self) -> Served:
         """Read the request. Raises RequestError 400, 403, 404, 413, 415."""
@@ -247,6 +247,7 @@ class Exchange:
         self._send(connection, replica)
 
     def _send(self, connection: UpstreamConnection, replica: Replica) -> None:
+        self._connection = connection
         body = self._body_for(replica)
         if not self._forwarded:
             self._forwarded = self._forwarded_headers()
@@ -260,7 +261,6 @@ class Exchange:
             self._forwarded,
             len(body),
         )
-        self._connection = connection
         connection.send(self, head, body)
 
     def _body_for(self, replica: Replica) -> bytes:
@@ -288,7 +288,13 @@ class Exchange:
         return int((now - self.request.started) * 1e6)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        self._task = asyncio.get_running_loop().create_task(work)
+        self._task = asyncio.get_running_loop().create_task(self._guarded(work))
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._give_up(error)
 
     # --- when it fails ---
 
@@ -352,6 +358,18 @@ class Exchange:
     def _engine_error(self, what: str) -> RequestError:
         name = self._served.model.name if self._served else ""
         return RequestError(502, f'"{name}" {what}', code="engine_error")
+
+    def _give_up(self, error: Exception) -> None:
+        """What the request itself can't have, or a failure of ours: it gets an answer, and its slot goes back."""
+        if not isinstance(error, RequestError):
+            log.error("a request failed here", exc_info=error)
+            error = RequestError(500, "the router failed; its log says why", code="internal_error")
+        self._drop_connection()
+        replica = self._release_replica()
+        if replica is not None:
+            replica.breaker.forget()
+        if not self._over:
+            self._refuse(error)
 
     def _refuse(self, error: RequestError) -> None:
         """The router's own answer."""
@@ -432,8 +450,7 @@ class Exchange:
             self._adapted = None
         elif kind.startswith(b"text/event-stream"):
             self._stream = StreamTokens(hide=self._hide_usage)
-            if self._hide_usage:
-                length = None
+            length = None  # events of ours may come to it
         elif kind.startswith(b"application/json"):
             self._answer = AnswerTokens()
         if self._adapted is not None:
