@@ -25,6 +25,8 @@ usage: ./deploy.sh VERB [options]
   logs [MODEL] [--follow] [--lines N]
                                   what a model (or router) wrote last; without MODEL, all
   health                          the router's own report; exit code 0 when healthy
+  selftest [--json]               golden questions to every model; exit code 1 when one answers wrongly, 3 when it
+                                  does not run
   check                           is the configuration right, and can this machine run it?
   plan [--json] [--devices FILE]  which model takes how much of which device, and what does not fit
                                   --devices: plan for the devices in FILE in place of this machine's
@@ -44,7 +46,7 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | reload | status | logs | health | check | plan | clean) "verb_$verb" "$@" ;;
+    start | stop | restart | reload | status | logs | health | selftest | check | plan | clean) "verb_$verb" "$@" ;;
     help | -h | --help) usage ;;
     *)
       usage >&2
@@ -181,6 +183,11 @@ verb_health() {
   (($# == 0)) || wrong_usage "$1"
   installed
   cli health
+}
+
+verb_selftest() {
+  installed
+  cli selftest "$@"
 }
 
 verb_check() {

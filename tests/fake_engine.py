@@ -16,20 +16,29 @@ behaves; every field may be left out:
     retry_after: said with every refusal               models: status of /v1/models (default 404)
     key: what a client has to send in place of VLLM_API_KEY; "" is nothing
     tls: [certificate, its key], files                 pad: bytes of white space in each chunk of a stream
+    answer: what every POST is answered with
+    golden: it answers embeddings, rankings and chats by the words that texts share; "right", or what is wrong
 
 POST /behave changes the behaviour of one that runs, and forgets what it saw.
 """
 
 import argparse
+import base64
+import hashlib
 import json
+import math
 import os
+import random
+import re
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -93,6 +102,10 @@ class Handler(BaseHTTPRequestHandler):
         if BEHAVIOUR.get("hang_up"):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
+        elif "golden" in BEHAVIOUR and not request.get("stream"):
+            self.answer(200, golden_answer(self.path, request))
+        elif "answer" in BEHAVIOUR:
+            self.answer(200, BEHAVIOUR["answer"])
         elif "refuse" in BEHAVIOUR and len(SEEN["requests"]) <= BEHAVIOUR.get("refuse_times", 1 << 30):
             BEHAVIOUR["unhealthy"] = BEHAVIOUR.get("unhealthy_after_refusal", False)
             self.answer(BEHAVIOUR["refuse"], {"error": {"message": "fake engine: refused"}})
@@ -129,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.chunk(f"data: {json.dumps(event)}{' ' * BEHAVIOUR.get('pad', 0)}\n\n".encode())
                 COUNTERS["vllm:iteration_tokens_total_count"] += 1
                 time.sleep(BEHAVIOUR.get("chunk_seconds", 0.01))
+            if "golden" in BEHAVIOUR and BEHAVIOUR["golden"] != "silent":
+                self.chunk(b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 5}}\n\n')
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
         except OSError:
@@ -154,6 +169,57 @@ def document_in(body: bytes) -> Any:
         return json.loads(body)
     except ValueError:  # a form, an integer with thousands of digits
         return {}
+
+
+def golden_answer(path: str, request: Any) -> Any:
+    wrong = BEHAVIOUR["golden"]
+    if path.endswith("rerank"):
+        query, documents = request["query"], request["documents"]
+        scores = [likeness(vector(query), vector(document)) for document in documents]
+        if wrong == "reversed" or (wrong == "one shape" and path == "/v2/rerank"):
+            scores = [-score for score in scores]
+        if wrong == "flat":
+            scores = [0.5 + score / 1000 for score in scores]
+        if wrong == "no Chinese" and not query.isascii():
+            scores = [-score for score in scores]
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.get("top_n") or None]
+        return {"results": [{"index": index, "relevance_score": scores[index]} for index in order]}
+    if path == "/v1/embeddings":
+        texts = [request["input"]] if isinstance(request["input"], str) else request["input"]
+        vectors = [vector(text) for text in texts]
+        if wrong == "random":
+            vectors = [vector(hashlib.md5(text.encode()).hexdigest()) for text in texts]
+        if wrong == "batches" and len(vectors) > 1:
+            vectors = vectors[::-1]
+        if wrong == "drifts":
+            vectors = [[value + random.random() for value in each] for each in vectors]
+        if wrong == "nothing":
+            vectors = [[0.0] * len(each) for each in vectors]
+        if request.get("encoding_format") == "base64":
+            told: list[Any] = [base64_of(each[::-1] if wrong == "base64" else each) for each in vectors]
+        else:
+            told = list(vectors)
+        return {"data": [{"index": index, "embedding": each} for index, each in enumerate(told)]}
+    usage = {"prompt_tokens": 5, "completion_tokens": 0 if wrong == "silent" else 2}
+    choice = {"index": 0, "message": {"content": "hotel" if wrong == "right" else ""}, "finish_reason": "stop"}
+    return {"choices": [choice], "usage": {**usage, "total_tokens": sum(usage.values())}}
+
+
+def base64_of(values: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+def vector(text: str) -> list[float]:
+    """A bag of words; of Chinese, of characters."""
+    words = re.findall(r"[a-z]+|[^\x00-\x7f]", text.lower())
+    found = [0.0] * 512
+    for word in words:
+        found[zlib.crc32(word.encode()) % 512] += 1.0
+    return found
+
+
+def likeness(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b) or 1.0)
 
 
 class Server(ThreadingHTTPServer):

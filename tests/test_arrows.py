@@ -23,8 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "router": BASE | {"settings"},
     "machine": BASE | {"settings", "engines"},
     "console": BASE | {"settings", "engines", "supervision"},
+    "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},
-    "cli": BASE | {"settings", "engines", "supervision", "router", "machine", "console", "operations"},
+    "cli": BASE | {"settings", "engines", "supervision", "router", "machine", "console", "operations", "selftest"},
     "__main__": {"cli"},
     "__init__": set(),
 }

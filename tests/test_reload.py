@@ -53,6 +53,13 @@ class Reloaded(Deployed):
         headers = {"authorization": f"Bearer {API_KEY}"}
         return httpx.post(url, json={"model": model}, headers=headers, timeout=20).status_code
 
+    def admin(self, action: str) -> str:
+        """What state `chat` is in after it."""
+        url = f"http://127.0.0.1:{self.ports['router']}/admin/models/chat/{action}"
+        answer = httpx.post(url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["state"])
+
     def pids(self) -> dict[str, int]:
         return {key: each["pid"] for key, each in self.status()["models"].items() if each.get("pid")}
 
@@ -144,6 +151,23 @@ def test_models_are_switched_on_and_off(deployed: Reloaded) -> None:
     )
     assert deployed.run("restart").returncode == 0
     assert deployed.ask("the-third") == 200
+
+
+def test_an_operator_stops_starts_and_restarts_a_model(deployed: Reloaded) -> None:
+    deployed.engine("chat")
+    deployed.engine("other")
+    deployed.start()
+    before = deployed.pids()
+    assert (deployed.admin("stop"), deployed.ask("the-chat"), deployed.ask("the-other")) == ("stopped", 503, 200)
+    assert list(deployed.pids()) == ["other"]
+    assert deployed.admin("start") == "starting"
+    eventually(lambda: deployed.ask("the-chat") == 200)
+    deployed.models["chat"]["name"] = "renamed"
+    deployed.write()
+    assert deployed.admin("restart") == "starting"
+    eventually(lambda: deployed.ask("renamed") == 200)
+    assert deployed.ask("the-chat") == 404
+    assert deployed.pids()["other"] == before["other"]
 
 
 def test_what_is_wrong_is_refused_whole(deployed: Reloaded) -> None:

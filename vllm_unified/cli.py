@@ -281,6 +281,31 @@ def health(project: Project) -> None:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
+@click.pass_obj
+def selftest(project: Project, as_json: bool) -> None:
+    """Ask every model golden questions through the router. Exits with 0 when all is right, 1 when not, 3 when it does
+    not run.
+    """
+    from rich.console import Console
+
+    from vllm_unified import selftest as golden
+    from vllm_unified.console import print_json
+
+    settings = project.running_settings()
+    try:
+        outcomes = list(golden.run(settings, settings.require_api_key()))
+    except OSError as error:
+        click.echo(f"{settings.router_url}: {error}; is it running? ./deploy.sh status", err=True)
+        sys.exit(NOT_RUNNING)
+    if as_json:
+        print_json(golden.document(outcomes))
+    else:
+        Console(soft_wrap=True).print(golden.table(outcomes))
+    sys.exit(0 if golden.passed(outcomes) else 1)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
 @click.option("--restarted", hidden=True, metavar="KEY", help="An engine that was started with the new file already.")
 @click.pass_obj
 def reload(project: Project, as_json: bool, restarted: str | None) -> None:

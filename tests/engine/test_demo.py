@@ -113,7 +113,8 @@ def test_the_engines_own_error_passes(demo: Demo) -> None:
     direct = httpx.post(f"{demo.url('chat')}/chat/completions", json=body, headers=HEADERS)
     assert through.status_code == direct.status_code == 400
     assert through.content == direct.content
-    assert "x-error-source" not in through.headers
+    assert through.headers["x-error-source"] == "engine"
+    assert "x-error-source" not in direct.headers
 
 
 def test_a_client_that_leaves_frees_the_engine(demo: Demo) -> None:

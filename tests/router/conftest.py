@@ -138,3 +138,13 @@ def deployment(project: Project) -> Iterator[Deployment]:
     started = Deployment(project)
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """For a module whose tests leave the deployment as it was; the first one that uses it starts it."""
+    home = tmp_path_factory.mktemp("project")
+    (home / "config").mkdir()
+    started = Deployment(Project(home))
+    yield started
+    started.stop()

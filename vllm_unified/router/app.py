@@ -15,7 +15,7 @@ from vllm_unified.router.docs import add_docs
 from vllm_unified.router.engine_metrics import merged, sd_document
 from vllm_unified.router.metrics import CONTENT_TYPE
 from vllm_unified.router.models import model_entry, model_list
-from vllm_unified.router.problems import RequestError
+from vllm_unified.router.problems import RequestError, failure
 from vllm_unified.router.registry import Served
 from vllm_unified.router.routes import ROUTES
 from vllm_unified.router.serving import HEALTH_PATHS, Router
@@ -173,4 +173,4 @@ async def _answer_request_error(_request: Request, error: Exception) -> Response
 
 
 async def _answer_exception(_request: Request, _error: Exception) -> Response:
-    return RequestError(500, "the router failed; its log says why", code="internal_error").response()
+    return failure().response()

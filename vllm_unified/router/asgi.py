@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from vllm_unified.router.problems import RequestError
+from vllm_unified.router.problems import failure
 from vllm_unified.router.server import ClientConnection, Headers, Request
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class AsgiWork:
             if self._begun:
                 self._client.abort()
             else:
-                error = RequestError(500, "the router failed; its log says why", code="internal_error")
+                error = failure()
                 self._client.answer(error.status, error.wire_headers(), error.body())
 
     def _scope(self) -> dict[str, Any]:
@@ -58,7 +58,8 @@ class AsgiWork:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": request.version,
-            "method": request.method,
+            # FastAPI answers HEAD nowhere; _send leaves out the body.
+            "method": "GET" if request.method == "HEAD" else request.method,
             "scheme": "http",
             "path": request.path.decode("utf-8", "replace"),
             "raw_path": request.target,

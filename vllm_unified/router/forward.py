@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import logging
 import random
 import re
 import secrets
@@ -36,7 +35,6 @@ RETRIED = frozenset({408, 429, 502, 503, 504})
 # Proxies cut a stream that is silent for 60 to 120 s.
 KEEP_ALIVE_SECONDS = 15.0
 LOOK_FOR_READY_SECONDS = 0.1
-log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 # RFC 9110, 7.6.1: these speak of one connection.
 HOP_BY_HOP = frozenset(
@@ -136,20 +134,22 @@ class Exchange:
 
     def start(self) -> None:
         """Everything up to the first try, without waiting where nothing has to be waited for."""
-        self._forwarding.exchanges.add(self)
         try:
-            self._served = served = self._prepare()
+            served = self._prepare()
             self._key.enter(self.request.started)
-            self._entered = True
-            if served.model.wait_for_ready and not served.ready:
-                self._later(self._enter_when_ready(served))
-            elif served.gate.try_enter():
-                self._gated = True
-                self._try()
-            else:
-                self._later(self._enter(served))
-        except Exception as error:
-            self._give_up(error)
+        except RequestError as error:
+            self._refuse(error)
+            return
+        self._entered = True
+        self._forwarding.exchanges.add(self)
+        self._served = served
+        if served.model.wait_for_ready and not served.ready:
+            self._later(self._enter_when_ready(served))
+        elif served.gate.try_enter():
+            self._gated = True
+            self._try()
+        else:
+            self._later(self._enter(served))
 
     def _prepare(self) -> Served:
         """Read the request. Raises RequestError 400, 403, 404, 413, 415."""
@@ -171,7 +171,9 @@ class Exchange:
             self.record.stream = asked.stream is True
             if route.usage_on_request and asked.stream is True:
                 self._ask_for_usage(asked)
-            self._body, self._adapted = shapes.adapted(route, self._body, deepseek_ocr=served.deepseek_ocr)
+            self._body, self._adapted = shapes.adapted(
+                route, self._body, deepseek_ocr=served.deepseek_ocr, prompts=served.prompts
+            )
             if served.model.balancing == "sticky":
                 self._session = _session(request, asked)
         self.record.model = served.model.key
@@ -192,7 +194,9 @@ class Exchange:
             self._body = bodies.with_new_field(self._body, b'"stream_options":{"include_usage":true}')
             self._hide_usage = True
         elif options is None or (isinstance(options, dict) and not options.get("include_usage")):
-            self._body = bodies.with_fields(self._body, {"stream_options": {**(options or {}), "include_usage": True}})
+            # Without `include_usage` an engine does not look at the rest, and with it the client would see it.
+            others = {name: value for name, value in (options or {}).items() if name != "continuous_usage_stats"}
+            self._body = bodies.with_fields(self._body, {"stream_options": {**others, "include_usage": True}})
             self._hide_usage = True
 
     async def _enter_when_ready(self, served: Served) -> None:
@@ -247,8 +251,14 @@ class Exchange:
         self._send(connection, replica)
 
     def _send(self, connection: UpstreamConnection, replica: Replica) -> None:
-        self._connection = connection
-        body = self._body_for(replica)
+        try:
+            body = self._body_for(replica)
+        except RequestError as error:
+            connection.close()
+            self._release_replica()
+            replica.breaker.forget()
+            self._refuse(error)
+            return
         if not self._forwarded:
             self._forwarded = self._forwarded_headers()
         request = self.request
@@ -261,6 +271,7 @@ class Exchange:
             self._forwarded,
             len(body),
         )
+        self._connection = connection
         connection.send(self, head, body)
 
     def _body_for(self, replica: Replica) -> bytes:
@@ -288,13 +299,7 @@ class Exchange:
         return int((now - self.request.started) * 1e6)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._guarded(work))
-
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except Exception as error:
-            self._give_up(error)
+        self._task = asyncio.get_running_loop().create_task(work)
 
     # --- when it fails ---
 
@@ -358,18 +363,6 @@ class Exchange:
     def _engine_error(self, what: str) -> RequestError:
         name = self._served.model.name if self._served else ""
         return RequestError(502, f'"{name}" {what}', code="engine_error")
-
-    def _give_up(self, error: Exception) -> None:
-        """What the request itself can't have, or a failure of ours: it gets an answer, and its slot goes back."""
-        if not isinstance(error, RequestError):
-            log.error("a request failed here", exc_info=error)
-            error = RequestError(500, "the router failed; its log says why", code="internal_error")
-        self._drop_connection()
-        replica = self._release_replica()
-        if replica is not None:
-            replica.breaker.forget()
-        if not self._over:
-            self._refuse(error)
 
     def _refuse(self, error: RequestError) -> None:
         """The router's own answer."""
@@ -450,7 +443,7 @@ class Exchange:
             self._adapted = None
         elif kind.startswith(b"text/event-stream"):
             self._stream = StreamTokens(hide=self._hide_usage)
-            length = None  # events of ours may come to it
+            length = None  # of ours there may be less or more: hidden events, comments, an error at the end
         elif kind.startswith(b"application/json"):
             self._answer = AnswerTokens()
         if self._adapted is not None:
@@ -460,7 +453,7 @@ class Exchange:
             answered.append((b"content-length", str(length).encode("ascii")))
         elif self.request.version == "1.0":
             self.request.keep_alive = False
-        elif status != 204:
+        elif status not in (204, 304):
             self._chunked = True
             answered.append((b"transfer-encoding", b"chunked"))
         self._head = self.client.head(status, answered)
@@ -505,9 +498,14 @@ class Exchange:
             record.prompt_tokens, record.completion_tokens = self._answer.counts()
         if self._adapted is not None:
             adapted = self._adapted
+            try:
+                body = adapted.body()
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                self._break_off(f"answered something that is no ranking: {error!r}")
+                return
             self._release_replica()
             self._finish()
-            client.answer(record.status, adapted.head, adapted.body())
+            client.answer(record.status, adapted.head, body)
             return
         last = b"0\r\n\r\n" if self._chunked else b""
         if self._head is not None:
@@ -559,11 +557,14 @@ class Exchange:
             self._write(stream.end() + error.event())
             if self._chunked:
                 client.write(b"0\r\n\r\n")
+        unsent = stream is None and (self._adapted is not None or self._head is not None)
+        if unsent:
+            self.record.status = error.status
         self._release_replica()
         self._finish()
         if stream is not None:
             client.done()
-        elif self._adapted is not None or self._head is not None:  # nothing went out yet
+        elif unsent:
             client.answer(error.status, [*error.wire_headers(), (b"x-request-id", self.request_id)], error.body())
         else:
             client.abort()

@@ -20,7 +20,10 @@ FIELDS: dict[str, Schema] = {
     "input": {**_TEXTS, "description": "a text, or several"},
     "query": {**_TEXT, "description": "what is looked for"},
     "documents": {"type": "array", "items": {}, "description": "texts to put in order"},
-    "texts": {"type": "array", "items": _TEXT, "description": "the same as documents, as TEI has it"},
+    "texts": {"type": "array", "items": _TEXT, "description": "what is to be ranked, as TEI has it, or embedded"},
+    "embedding_types": {"type": "array", "items": {"enum": ["float", "base64", "binary", "ubinary"]}},
+    "input_type": {**_TEXT, "description": "search_query, search_document, …, where the model has a prompt for it"},
+    "truncate": {"enum": ["NONE", "START", "END"], "description": "which end of a text that is too long is cut"},
     "top_n": {**_COUNT, "description": "how many documents come back (default: all)"},
     "text_1": {**_TEXTS, "description": "one text, or as many as in text_2"},
     "text_2": {**_TEXTS, "description": "the texts to compare it with"},
@@ -66,6 +69,9 @@ BODIES = {
     "/v1/messages": _Body(("messages", "max_tokens"), ("stream", "temperature", "system", "tools"), _HELLO),
     "/v1/messages/count_tokens": _Body(("messages",), ("system", "tools"), {"messages": _HELLO["messages"]}),
     "/v1/embeddings": _Body(("input",), ("encoding_format", "dimensions"), _SENTENCE),
+    "/v2/embed": _Body(
+        ("texts",), ("embedding_types", "input_type", "truncate"), {"texts": ["Paris is the capital of France."]}
+    ),
     "/pooling": _Body(("input",), ("encoding_format",), _SENTENCE),
     "/classify": _Body(("input",), (), _SENTENCE),
     "/score": _PAIRS,
@@ -109,8 +115,8 @@ COMPONENTS: dict[str, Schema] = {
     },
     "headers": {
         "x-error-source": {
-            "description": "router: this deployment's own error; without it the model's server answered so",
-            "schema": {"type": "string", "enum": ["router"]},
+            "description": "router: this deployment's own error; engine: the model's server answered so",
+            "schema": {"type": "string", "enum": ["router", "engine"]},
         },
         "retry-after": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}},
     },

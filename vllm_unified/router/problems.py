@@ -79,5 +79,9 @@ def _json(document: object) -> bytes:
     return json.dumps(document).encode("ascii")
 
 
+def failure() -> RequestError:
+    return RequestError(500, "the router failed; its log says why", code="internal_error")
+
+
 def not_ready(message: str, retry_after: int) -> RequestError:
     return RequestError(503, message, code="model_not_ready", headers={"retry-after": str(retry_after)})

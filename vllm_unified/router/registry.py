@@ -8,7 +8,7 @@ from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import ROUTES, Route
-from vllm_unified.router.shapes import is_deepseek_ocr
+from vllm_unified.router.shapes import is_deepseek_ocr, prompts_of
 from vllm_unified.settings import Kind, Model, Settings
 from vllm_unified.settings.schema import Endpoint
 
@@ -22,6 +22,7 @@ class Served:
         self.model = model
         self.handles = (model.key, *model.names)  # what a key's list of models may call it
         self.deepseek_ocr = is_deepseek_ocr(model)
+        self.prompts: frozenset[str] | None = None  # of an embedding model that is served here
         self.replicas = tuple(replicas)
         self.gate = Gate(model.max_concurrent, model.max_queue, model.queue_timeout)
         self.drained = False  # an operator's word: nothing more is let in
@@ -112,7 +113,10 @@ class Registry:
             replicas = _replicas(settings, model, before.replicas if before else ())
             if before:
                 before.change(model, replicas)
-            served.append(before or Served(model, replicas))
+            after = before or Served(model, replicas)
+            is_known = model.type == "embedding" and model.served_here and not model.endpoints
+            after.prompts = prompts_of(settings.folder(model)) if is_known else None
+            served.append(after)
         self.served = tuple(served)
         self._by_name = {name: each for each in served for name in each.model.names}
         for gone in before_all.difference(each for one in served for each in one.replicas):

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 import httptools
 
 from vllm_unified.router.keys import Key
-from vllm_unified.router.problems import RequestError
+from vllm_unified.router.problems import RequestError, failure
 
 HEAD_SECONDS = 30.0
 BODY_SECONDS = 60.0
@@ -58,6 +58,7 @@ class Request:
         self.peer = peer
         self.keep_alive = keep_alive
         self.body = b""
+        self.came_at = 0  # bytes that had come on its connection when it was whole
         self.key: Key | None = None
         self.refusal: RequestError | None = None
         self.started = time.monotonic()
@@ -102,8 +103,11 @@ class ClientConnection(asyncio.Protocol):
         self.peer = ""
         self.deadline = 0.0
         self._in_head = False
-        self._head_size = 0
-        self._read_size = 0
+        self._in_trailers = False
+        self._heads = 0  # that began; trailers count as one
+        self._received_before = 0  # the newest piece
+        self._head_after = 0  # so many bytes, or some more: its first piece
+        self._head_size = 0  # of the pieces in which the last one neither began nor ended
         self._target = b""
         self._headers: Headers = []
         self._reading: Request | None = None  # its body is still to come
@@ -114,7 +118,8 @@ class ClientConnection(asyncio.Protocol):
         self._thrown_away = 0
         self._may_throw_away = LONGEST_HEAD
         self._pipeline: collections.deque[Request] = collections.deque()
-        self._pipelined_bytes = 0
+        self._received = 0
+        self._paused = False
         self._request: Request | None = None  # being answered
         self._work: Work | None = None
 
@@ -161,16 +166,18 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is None or request is None:
             return
         if not request.keep_alive or self._server.is_closing:
+            self._pipeline.clear()
             if self._reading is None:
+                self.deadline = time.monotonic() + STALLED_SECONDS
                 self._transport.close()
             else:
                 self._linger()
         elif self._pipeline:
-            self._request = self._pipeline.popleft()
-            # Not from here: an answer that is there at once would call us again, once for each in the queue.
-            asyncio.get_running_loop().call_soon(self._start, self._request)
+            self._start_next()
+        elif self._reading is not None:
+            self._await_body(self._reading)
         else:
-            self.deadline = time.monotonic() + IDLE_SECONDS
+            self.deadline = time.monotonic() + (HEAD_SECONDS if self._in_head else IDLE_SECONDS)
 
     def abort(self) -> None:
         """Cut the connection: an answer that is not whole must not look whole."""
@@ -178,13 +185,14 @@ class ClientConnection(asyncio.Protocol):
             self._transport.abort()
 
     def close_if_idle(self) -> None:
-        if self._work is None and self._reading is None and not self._pipeline and self._transport is not None:
+        if self._request is None and self._reading is None and not self._pipeline and self._transport is not None:
             self._transport.close()
 
     def expire(self) -> None:
         """`deadline` has passed."""
         self.deadline = 0.0
-        if self._work is None and not self._lingering and (self._reading is not None or self._in_head):
+        waiting = self._request is not None or self._pipeline
+        if not waiting and not self._lingering and (self._reading is not None or self._in_head):
             seconds = HEAD_SECONDS if self._in_head else BODY_SECONDS
             self._refuse(RequestError(408, f"the request did not come within {seconds:g} s", code="request_timeout"))
         else:
@@ -213,49 +221,57 @@ class ClientConnection(asyncio.Protocol):
             if self._thrown_away > self._may_throw_away:
                 self.abort()
             return
-        if self._in_head:
-            self._head_size += len(data)
-            if self._head_size > LONGEST_HEAD:
-                self._refuse_head()
-                return
-        if self._request is not None:
-            self._pipelined_bytes += len(data)
-            if self._pipelined_bytes > LONGEST_PIPELINE:
-                self.abort()
-                return
-        self._read_size = len(data)
+        self._received_before = self._received
+        self._received += len(data)
+        oldest = self._request or (self._pipeline[0] if self._pipeline else None)
+        if oldest is not None and self._received - oldest.came_at > LONGEST_PIPELINE:
+            self.abort()
+            return
+        heads = self._heads
         while data:
             try:
                 self._parser.feed_data(data)
-                return
+                break
             except httptools.HttpParserUpgrade as upgrade:
-                # Java's client asks for HTTP/2 with its first request, and takes an answer in HTTP/1.1.
+                if self._parser.get_method() == b"CONNECT":
+                    self._refuse(RequestError(405, "this is not a proxy", code="bad_request"))
+                    return
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
                 self._parser = httptools.HttpRequestParser(self)
-                data = data[upgrade.args[0] :]
             except httptools.HttpParserError as error:
-                if not self._lingering:
+                if not self._lingering and not self.is_gone:
                     what = str(error.__context__ or error)
                     self._refuse(RequestError(400, f"not a request of HTTP/1.1: {what}", code="bad_request"))
                 return
+        if (self._in_head or self._in_trailers) and self._heads == heads:
+            self._head_size += len(data)
+            if self._head_size > LONGEST_HEAD:
+                self._refuse(_head_too_large())
 
     def eof_received(self) -> bool | None:
         return None  # half closed is closed, as it is for most servers: nothing else tells that a client left
 
     def pause_writing(self) -> None:
+        self._paused = True
         self.deadline = time.monotonic() + STALLED_SECONDS
         if self._work is not None:
             self._work.pause()
 
     def resume_writing(self) -> None:
+        self._paused = False
         self.deadline = 0.0 if self._request is not None else time.monotonic() + IDLE_SECONDS
         if self._work is not None:
             self._work.resume()
+        elif self._request is None and self._pipeline:
+            self._start_next()
 
     # --- called by the parser ---
 
     def on_message_begin(self) -> None:
         self._in_head = True
+        self._heads += 1
         self._head_size = 0
+        self._head_after = self._received_before
         self._target = b""
         self._headers = []
         if self._request is None:
@@ -265,11 +281,14 @@ class ClientConnection(asyncio.Protocol):
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
+        if self._in_head:  # trailers are nobody's
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         parser = self._parser
+        if parser.should_upgrade():  # its body is not read: see _head_without_upgrade
+            return
         request = Request(
             parser.get_method().decode("ascii"),
             self._target,
@@ -282,18 +301,21 @@ class ClientConnection(asyncio.Protocol):
         self._body = []
         self._body_size = 0
         self._discarding = False
-        fields = request.fields
-        to_come = int(fields.get(b"content-length", b"0"))
-        chunked = b"transfer-encoding" in fields
+        to_come = int(request.fields.get(b"content-length", b"0"))
         try:
             self._check(request, to_come)
             self._server.handler.admit(request)
         except RequestError as refusal:
             request.refusal = refusal
             self._discarding = True
-        waits = b"expect" in fields and fields[b"expect"].lower() == b"100-continue" and request.version != "1.0"
-        if self._request is not None:
-            return
+        if self._request is None:
+            self._await_body(request)
+
+    def _await_body(self, request: Request) -> None:
+        """Ask for it, give it its time, or say at once that the request is refused."""
+        to_come = int(request.fields.get(b"content-length", b"0"))
+        chunked = b"transfer-encoding" in request.fields
+        waits = request.fields.get(b"expect", b"").lower() == b"100-continue" and request.version != "1.0"
         if request.refusal is not None and (chunked or to_come > SMALL_BODY or waits):
             self._refuse(request.refusal)
         elif to_come or chunked:
@@ -305,8 +327,7 @@ class ClientConnection(asyncio.Protocol):
     def _check(self, request: Request, to_come: int) -> None:
         if len(self._target) > LONGEST_TARGET:
             raise RequestError(414, f"the path is longer than {LONGEST_TARGET >> 10} KiB", code="uri_too_long")
-        # What was read at once is not counted while it is read.
-        if self._head_size + self._read_size > LONGEST_HEAD:
+        if self._received - self._head_after > LONGEST_HEAD:  # or else it cannot be so large
             size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
             if size > LONGEST_HEAD:
                 raise _head_too_large()
@@ -315,7 +336,13 @@ class ClientConnection(asyncio.Protocol):
         if to_come > self._server.handler.max_body_bytes:
             raise self._body_too_large()
 
+    def on_chunk_header(self) -> None:
+        self._in_trailers = True  # unless a body follows
+        self._heads += 1
+        self._head_size = 0
+
     def on_body(self, data: bytes) -> None:
+        self._in_trailers = False
         self._body_size += len(data)
         if self._discarding:
             return
@@ -331,12 +358,14 @@ class ClientConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         request, self._reading = self._reading, None
+        self._in_trailers = False
         if request is None or self._lingering:
             return
+        request.came_at = self._received
         if self._body:
             request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body = []
-        if self._request is None:
+        if self._request is None and not self._pipeline and not self._paused:
             self._request = request
             self._start(request)
         else:
@@ -348,30 +377,49 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is None:
             return
         self.deadline = 0.0
-        self._pipelined_bytes = 0
         if request.refusal is not None:
             self._answer_error(request.refusal)
             return
-        work = self._server.handler.handle(request, self)
+        try:
+            work = self._server.handler.handle(request, self)
+        except Exception:  # it would pass through the parser, and be called the client's
+            log.exception("%s %s", request.method, request.path)
+            self._answer_error(failure())
+            return
         if self._request is request:  # else it is answered already
             self._work = work
 
-    def _refuse_head(self) -> None:
-        self._refuse(_head_too_large())
+    def _start_next(self) -> None:
+        """The oldest of those that wait, unless the client does not take what it got already."""
+        if not self._paused:
+            self._request = self._pipeline.popleft()
+            # Not from here: an answer that is there at once would call us again, once for each in the queue.
+            asyncio.get_running_loop().call_soon(self._start, self._request)
 
     def _refuse(self, error: RequestError) -> None:
         """Answer a request that has not come whole, and take no further one."""
-        if self._request is not None:  # an earlier one is being answered, and its answer goes first
-            self._request.keep_alive = False
-            self._pipeline.clear()
-            self._lingering = True
-            return
         if self._reading is not None:
             self._may_throw_away = DISCARDED_BODIES * self._server.handler.max_body_bytes
-        self._request = self._reading or Request("GET", b"/", "1.1", [], self.peer, keep_alive=False)
-        self._request.keep_alive = False
-        self._reading = self._request
+        refused = self._reading or Request("GET", b"/", "1.1", [], self.peer, keep_alive=False)
+        refused.keep_alive = False
+        self._reading = refused
+        if self._request is not None or self._pipeline:  # earlier ones, whose answers go first
+            refused.refusal = error
+            self._pipeline.append(refused)
+            self._lingering = True
+            return
+        self._request = refused
         self._answer_error(error)
+
+    def _head_without_upgrade(self) -> bytes:
+        """The head that was just read, to be read again. Java's client asks for HTTP/2 with its first request, and
+        takes an answer in HTTP/1.1; httptools passes over the body of a request that asks so.
+        """
+        lines = [self._parser.get_method(), b" ", self._target, b" HTTP/1.1\r\n"]
+        for name, value in self._headers:
+            if name != b"upgrade":
+                lines += (name, b": ", value, b"\r\n")
+        return b"".join((*lines, b"\r\n"))
 
     def _answer_error(self, error: RequestError) -> None:
         self._server.handler.refused(self.request, error)

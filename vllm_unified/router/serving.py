@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_unified.errors import UserError
@@ -75,12 +76,7 @@ class Router:
     def admit(self, request: Request) -> None:
         if request.path in OPEN_PATHS or _is_preflight(request):
             return
-        try:
-            request.key = self.keys.authenticate(_token(request))
-        except RequestError as error:
-            route = BY_PATH.get(request.path)
-            error.shape = route.errors if route else "openai"
-            raise
+        request.key = self.keys.authenticate(_token(request))
 
     def handle(self, request: Request, client: ClientConnection) -> Work:
         route = BY_PATH.get(request.path)
@@ -90,10 +86,13 @@ class Router:
             return exchange
         if self.app is None:
             raise RuntimeError("no application")
+        if _is_preflight(request):
+            return AsgiWork(Response(status_code=204), request, client)
         return AsgiWork(self.app, request, client)
 
     def refused(self, request: Request, error: RequestError) -> None:
         route = BY_PATH.get(request.path)
+        error.shape = route.errors if route else "openai"
         key = request.key.name if request.key else ""
         request_id = self.forwarding.new_id().decode("ascii")
         record = Record("", request_id, request.peer, key, route.path if route else "")

@@ -9,18 +9,22 @@ LARGEST_EVENT = 1 << 20
 
 
 class _Usage(msgspec.Struct):
-    """OpenAI's names and Anthropic's."""
+    """OpenAI's names, and Anthropic's, whose `input_tokens` are those that were not in a cache."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
 
     @property
     def counts(self) -> tuple[int, int]:
         """Prompt and completion tokens."""
         prompt = self.prompt_tokens if self.prompt_tokens is not None else self.input_tokens
+        if prompt is not None:
+            prompt += (self.cache_read_input_tokens or 0) + (self.cache_creation_input_tokens or 0)
         completion = self.completion_tokens if self.completion_tokens is not None else self.output_tokens
         if prompt is None:  # a reranker may say but the sum
             prompt = (self.total_tokens or 0) - (completion or 0)
@@ -31,10 +35,15 @@ class _Inner(msgspec.Struct):
     usage: _Usage | None = None
 
 
+class _Meta(msgspec.Struct):
+    billed_units: _Usage | None = None
+
+
 class _Answer(msgspec.Struct):
-    """`response` and `message` hold the usage in events of Responses and of Messages."""
+    """`response` and `message` hold the usage in events of Responses and of Messages, `meta` in Cohere's answers."""
 
     usage: _Usage | None = None
+    meta: _Meta | None = None
     response: _Inner | None = None
     message: _Inner | None = None
     choices: list[msgspec.Raw] | None = None
@@ -64,9 +73,10 @@ class AnswerTokens:
         if not parts:
             return 0, 0
         try:
-            usage = _decoder.decode(parts[0] if len(parts) == 1 else b"".join(parts)).usage
+            answer = _decoder.decode(parts[0] if len(parts) == 1 else b"".join(parts))
         except (msgspec.MsgspecError, RecursionError):  # not for us to judge
             return 0, 0
+        usage = answer.usage or (answer.meta.billed_units if answer.meta else None)
         return usage.counts if usage else (0, 0)
 
 

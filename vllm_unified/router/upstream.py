@@ -9,6 +9,7 @@ import httptools
 from vllm_unified.router.replica import IDLE_SECONDS, Replica
 
 LONGEST_HEAD = 64 * 1024
+WITHOUT_BODY = frozenset({204, 304})  # whatever their heads say
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -134,15 +135,20 @@ class UpstreamConnection(asyncio.Protocol):
         if self._skipped:
             return
         self._head_size = -1
+        if status in WITHOUT_BODY:
+            self._ended, self._reusable = True, False
+            if self._receiver is not None:
+                self._receiver.answer_began(status, self._headers, length=None)
+            return
         fields = dict(self._headers)
         declared = fields.get(b"content-length")
         length = None if declared is None else int(declared)
-        self._until_close = length is None and b"transfer-encoding" not in fields and status not in (204, 304)
+        self._until_close = length is None and b"transfer-encoding" not in fields
         if self._receiver is not None:
             self._receiver.answer_began(status, self._headers, length=length)
 
     def on_body(self, data: bytes) -> None:
-        if self._receiver is not None and not self._skipped:
+        if self._receiver is not None and not self._ended and not self._skipped:
             self._receiver.answer_came(data)
 
     def on_message_complete(self) -> None:
@@ -157,7 +163,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.used += 1
         transport = self._transport
         if transport is not None and not transport.is_closing():
-            if self._reusable and not self.replica.retired:
+            # What a server does with the rest of a request that it answered already, nobody knows.
+            if self._reusable and not self.replica.retired and not transport.get_write_buffer_size():
                 self.idle_since = time.monotonic()
                 if self._paused:
                     self.resume_reading()
