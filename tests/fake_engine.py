@@ -89,8 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         COUNTERS["vllm:num_requests_running"] += 1
         try:
-            is_form = self.headers.get("content-type", "").startswith("multipart/")
-            self.work({} if is_form else json.loads(body))
+            self.work(document_in(body))
         finally:
             COUNTERS["vllm:num_requests_running"] -= 1
 
@@ -163,6 +162,13 @@ class Handler(BaseHTTPRequestHandler):
             pass
         SEEN["cancelled"] += 1
         self.close_connection = True
+
+
+def document_in(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:  # a form, an integer with thousands of digits
+        return {}
 
 
 def golden_answer(path: str, request: Any) -> Any:

@@ -4,8 +4,10 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import pytest
 
 from tests.conftest import API_KEY, CHECKOUT, Project, eventually, free_port
 from tests.router.conftest import Deployment, is_alive
+from vllm_unified.router.body import with_fields
 from vllm_unified.router.replica import FAILURES_THAT_OPEN, LONGEST_OPEN_SECONDS, TRIAL_SECONDS, Breaker
 
 PATH = "/v1/chat/completions"
@@ -138,6 +141,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
             "literal": {"endpoints": [{"url": literal, "api_key": "sk-literal"}]},
             "named": {"endpoints": [{"url": named, "api_key": "$KEY_OF_THERE"}]},
             "renamed": {"aliases": ["also-renamed"], "endpoints": [{"url": a, "model": "org/there"}]},
+            "ranks": {"type": "rerank", "endpoints": [a]},
             "prefixed": {"endpoints": [f"{a}{PREFIX}/v1"]},
         }
         site.start({name: {"type": "chat", **fields} for name, fields in models.items()}, health_check_interval=3600)
@@ -440,6 +444,34 @@ def test_a_large_body_with_another_name(site: Deployment, client: httpx.Client) 
     assert answer.headers["x-served-by"] == site.name("a")
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"model":"a"}', b'{"model":"b"}'),
+        (b' { "x" : [1, 2.50, 1e999] , "model" : "a" } ', b'{"x":[1, 2.50, 1e999],"model":"b"}'),
+        (b'{"model":"a","x":' + b"1" * 5000 + b"}", b'{"model":"b","x":' + b"1" * 5000 + b"}"),
+        (b'{"model":"a","x":0.10000000000000000555}', b'{"model":"b","x":0.10000000000000000555}'),
+        (b'{"model":"a","x":"\\ud83d\\ude00\\u00e9"}', b'{"model":"b","x":"\\ud83d\\ude00\\u00e9"}'),
+        (b'{"model":"a","x":"\\ud800"}', b'{"model":"b","x":"\xed\xa0\x80"}'),  # half a pair
+        (b'{"model":"a","x":{"model":"a"},"model":"a"}', b'{"model":"b","x":{"model":"a"}}'),
+    ],
+)  # fmt: skip
+def test_all_but_the_name_stays_as_it_was_written(body: bytes, expected: bytes) -> None:
+    assert with_fields(body, {"model": "b"}) == expected
+
+
+def test_what_cannot_be_read_here_is_answered(site: Deployment, client: httpx.Client) -> None:
+    """Python's own reader of JSON gives up at integers of 4300 digits."""
+    digits = b"1" * 5000
+    body = b'{"model":"renamed","x":%b}' % digits
+    for _ in range(2):  # over a new connection and over one that is idle
+        assert client.post(PATH, content=body).status_code == 200
+    assert [each["bytes"] for each in site.seen("a")["requests"]] == [len(body) - len("renamed") + len("org/there")] * 2
+    answer = client.post("/rerank", content=b'{"model":"ranks","query":"q","texts":["a"],"x":%b}' % digits)
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "invalid_json")
+    assert metric(client, "vllm_unified_in_flight", model="ranks") == 0
+
+
 def test_an_address_with_a_path(site: Deployment, client: httpx.Client) -> None:
     ask(client, "prefixed").raise_for_status()
     assert [each["path"] for each in site.seen("a")["requests"]] == [f"{PREFIX}{PATH}"]
@@ -487,6 +519,56 @@ def test_no_second_try(deployment: Deployment) -> None:
             begin = next(text)
             time.sleep(3)  # the client is slow, not the server
             assert (begin + "".join(text)).endswith("data: [DONE]\n\n")
+
+
+# --- servers that do not speak as they should ---
+
+
+@contextlib.contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """A server that answers everything with these bytes and closes the connection; its address."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if answer:
+                self.request.recv(1 << 16)
+                self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+ODD: dict[str, tuple[bytes, str]] = {
+    "closing": (b"", "which closed the connection before it answered"),
+    "babbling": (b"\x16\x03\x01\r\n\r\n", "answered something that is not HTTP"),
+    "broken-off": (JSON_HEAD + b"content-length: 99\r\n\r\n", "broke off its answer: it closed the connection"),
+    "interim": (b"HTTP/1.1 199 Early\r\ncontent-length: 2\r\n\r\nno", "closed the connection before it answered"),
+    "beyond": (b"HTTP/1.1 600 What\r\ncontent-length: 0\r\n\r\n", "answered with the status 600"),
+}
+
+
+def test_servers_that_do_not_speak_as_they_should(deployment: Deployment) -> None:
+    sized = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 99\r\n\r\ndata: 1\n\n"
+    with contextlib.ExitStack() as stack:
+        urls = {name: stack.enter_context(answering(answer)) for name, (answer, _) in ODD.items()}
+        urls["sized"] = stack.enter_context(answering(sized))
+        models = {name: {"type": "chat", "endpoints": [url]} for name, url in urls.items()}
+        deployment.start(models, retries=0, health_check_interval=3600)
+        client = stack.enter_context(deployment.client())
+        for name, (_, words) in ODD.items():
+            answer = ask(client, name)
+            assert (answer.status_code, error_of(answer)["code"]) == (502, "engine_error"), name
+            assert words in error_of(answer)["message"]
+        for _ in range(2):  # the second over the same connection: the first ended where it said
+            events = ask(client, "sized", stream=True).text.split("\n\n")
+            assert events[0] == "data: 1"
+            assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert all(metric(client, "vllm_unified_in_flight", model=name) == 0 for name in urls)
 
 
 # --- https ---

@@ -679,7 +679,8 @@ def test_json_that_only_one_of_two_parsers_takes(router: Deployment, client: Cli
     """The router must answer, whichever it is, and free the place that the request had."""
     body = f'{{"model": null, "n": 1, "query": "x", "documents": [{{"text": {inner}}}], "x": {inner}}}'
     client.send(request("POST", path, body=body.encode()))
-    assert client.answer().status == 400
+    # An integer that needs no reading passes as it is.
+    assert client.answer().status == (200 if path == EMBED and inner.isdigit() else 400)
     assert in_flight(router, "embedding") == 0
     assert number_in(client.post(EMBED, {"n": 1})) == 1
 

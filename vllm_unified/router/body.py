@@ -23,6 +23,7 @@ class Asked(msgspec.Struct):
 
 
 _asked = msgspec.json.Decoder(Asked)
+_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def asked_in(body: bytes) -> Asked:
@@ -58,10 +59,15 @@ def json_of(text: bytes) -> Any:
 
 
 def with_fields(body: bytes, fields: dict[str, Any]) -> bytes:
-    """The body with `fields` set."""
-    return json.dumps({**document_in(body), **fields}, ensure_ascii=False, separators=(",", ":")).encode(
-        "utf-8", "surrogatepass"
-    )
+    """The body with `fields` set; the others stay as they were written, to the last digit."""
+    try:
+        document = _raw_fields.decode(body)
+    except (msgspec.DecodeError, RecursionError):  # half a surrogate pair, which Python takes
+        whole = {**document_in(body), **fields}
+        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    for name, value in fields.items():
+        document[name] = msgspec.Raw(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    return msgspec.json.encode(document)
 
 
 def with_new_field(body: bytes, field: bytes) -> bytes:

@@ -148,7 +148,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._receiver.answer_began(status, self._headers, length=length)
 
     def on_body(self, data: bytes) -> None:
-        if self._receiver is not None and not self._ended:
+        if self._receiver is not None and not self._ended and not self._skipped:
             self._receiver.answer_came(data)
 
     def on_message_complete(self) -> None:
