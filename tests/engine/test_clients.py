@@ -105,7 +105,8 @@ class TestOpenAI:
             assert usage
             assert (asked[-1].choices, usage.completion_tokens) == ([], 7)
             tokens.append((usage.prompt_tokens, usage.completion_tokens))
-            for options in ({}, {"stream_options": {"include_usage": False}}):
+            ways: Any = ({}, {"stream_options": {"include_usage": False}})
+            for options in ways:
                 silent = list(client.chat.completions.create(**HELLO, max_tokens=7, stream=True, **options, **LONG))
                 assert all(each.usage is None and each.choices for each in silent)
                 assert silent[-1].choices[0].finish_reason == "length"
@@ -272,7 +273,13 @@ class TestAnthropic:
 
 class TestCohere:
     def test_second_client(self, demo: Demo) -> None:
-        client = cohere.ClientV2(api_key=API_KEY, base_url=base(demo))
+        with cohere.ClientV2(api_key=API_KEY, base_url=base(demo)) as client:
+            self._second(client)
+        stranger = cohere.ClientV2(api_key="wrong", base_url=base(demo))
+        with stranger, pytest.raises(cohere.UnauthorizedError):
+            stranger.rerank(model="demo-rerank", query=QUESTION, documents=TEXTS)
+
+    def _second(self, client: cohere.ClientV2) -> None:
         answer = client.rerank(model="demo-rerank", query=QUESTION, documents=TEXTS, top_n=2, max_tokens_per_doc=100)
         assert [each.index for each in answer.results] == [2, 1]
         assert answer.results[0].relevance_score > 0.7
@@ -283,11 +290,12 @@ class TestCohere:
         assert cosine(question, paris) > 0.7 > cosine(question, bananas)
         with pytest.raises(cohere.NotFoundError):
             client.rerank(model="none", query=QUESTION, documents=TEXTS)
-        with pytest.raises(cohere.UnauthorizedError):
-            cohere.ClientV2(api_key="wrong", base_url=base(demo)).rerank(model="m", query="q", documents=["a"])
 
     def test_first_client(self, demo: Demo) -> None:
-        client = cohere.Client(api_key=API_KEY, base_url=base(demo))
+        with cohere.Client(api_key=API_KEY, base_url=base(demo)) as client:
+            self._first(client)
+
+    def _first(self, client: cohere.Client) -> None:
         asked: Any = {"model": "demo-rerank", "query": QUESTION}
         answer = client.rerank(**asked, documents=[{"text": text} for text in TEXTS], return_documents=True)
         assert [each.index for each in answer.results] == [2, 1, 0]
@@ -303,6 +311,10 @@ class TestLangChain:
         from langchain_openai import ChatOpenAI
 
         chat = ChatOpenAI(model="demo-chat", base_url=demo.url("router"), api_key=API_KEY, max_tokens=600, seed=1)  # type: ignore[call-arg, arg-type]
+        with contextlib.closing(chat.root_client):
+            self._chat(chat)
+
+    def _chat(self, chat: Any) -> None:
         answer = chat.invoke("Hello", max_tokens=5, extra_body={"ignore_eos": True})
         assert answer.usage_metadata
         assert answer.usage_metadata["output_tokens"] == 5
@@ -333,8 +345,9 @@ class TestLangChain:
             api_key=API_KEY,  # type: ignore[arg-type]
             **options,
         )
-        question = embeddings.embed_query(QUESTION)
-        bananas, _, paris = embeddings.embed_documents(TEXTS)
+        with contextlib.closing(embeddings.client._client):
+            question = embeddings.embed_query(QUESTION)
+            bananas, _, paris = embeddings.embed_documents(TEXTS)
         assert len(question) == 384
         assert cosine(question, paris) > 0.7 > cosine(question, bananas)
 
@@ -446,7 +459,7 @@ class TestRest:
 
 
 def test_what_knowflows_scripts_call(demo: Demo) -> None:
-    """With curl, as its documents have it: https://github.com/zxwei/KnowFlow."""
+    """With curl, as its documents have it."""
     url = base(demo)
 
     def curl(path: str, body: Any = None) -> Any:
