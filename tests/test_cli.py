@@ -262,3 +262,17 @@ def test_help_has_examples() -> None:
     done = subprocess.run([sys.executable, "-m", "vllm_unified", "--help"], capture_output=True, text=True, check=True)
     assert "vllm-unified check --machine" in done.stdout
     assert "Exit codes: 0 done" in done.stdout
+
+
+def test_check_tells_of_a_key_for_a_model_that_is_not_there(project: Project) -> None:
+    project.write(
+        {
+            "chat": {"name": "a", "type": "chat", "aliases": ["b"]},
+            "off": {"name": "c", "type": "chat", "enabled": False},
+        }
+    )
+    entry = {"name": "team", "hash": f"sha256:{'0' * 64}", "models": ["chat", "a", "b", "c", "d"]}
+    (project.home / "config" / "keys.yaml").write_text(json.dumps({"keys": [entry]}))
+    done = run(project, "check")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert 'no model is called "d"' in done.stderr

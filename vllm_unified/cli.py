@@ -124,10 +124,12 @@ def cli() -> None:
 @click.pass_obj
 def check(project: Project, machine: bool, except_weights: bool) -> None:
     """Check the configuration, and say everything that is wrong with it."""
-    from vllm_unified.settings.keys import read_keys
+    from vllm_unified.settings.keys import FILE, read_keys, unknown_models
 
     settings = project.settings()
-    read_keys(project.home)
+    handles = [handle for model in (*settings.models, *settings.disabled) for handle in (model.key, *model.names)]
+    for name in unknown_models(read_keys(project.home), handles):
+        click.echo(f'{FILE}: no model is called "{name}"; the keys that name it can\'t use it', err=True)
     if machine:
         from vllm_unified.machine import problems_of_machine
         from vllm_unified.supervision.ask import programs

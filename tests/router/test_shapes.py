@@ -145,23 +145,6 @@ def test_a_ranking_is_told_in_the_clients_words(asked: Any, expected: Any) -> No
     assert json.loads(answered(asked, json.dumps(RANKING).encode())) == expected
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"not JSON",
-        b"[]",
-        b"5",
-        b'{"results": 5}',
-        b'{"results": [5]}',
-        b'{"results": [{"index": 9, "relevance_score": 1}]}',
-        b'{"data": []}',
-        b"[" * 100_000,
-    ],
-)
-def test_what_is_no_ranking_passes_as_it_is(answer: bytes) -> None:
-    assert answered({"query": "q", "texts": ["a"], "return_text": True}, answer) == answer
-
-
 @pytest.mark.parametrize("texts", [5, "a", {"a": 1}, [5], ["a", None], [["a"]]])
 def test_texts_that_are_none(texts: Any) -> None:
     with pytest.raises(RequestError) as caught:
@@ -195,7 +178,7 @@ def test_malformed_bodies_are_the_clients_fault(deployment: Deployment) -> None:
         assert deployment.seen("rerank")["requests"] == deployment.seen("embedding")["requests"] == []
         # An engine that answers something else than a ranking.
         answer = client.post("/rerank", json={"query": "q", "texts": ["a"]})
-        assert answer.json()["echo"] == {"query": "q", "documents": ["a"], "model": "rerank"}
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_error")
 
 
 def test_every_path_names_a_model_in_its_body_or_does_without(deployment: Deployment) -> None:

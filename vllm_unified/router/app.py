@@ -5,7 +5,8 @@ import time
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from vllm_unified import __version__, state
@@ -29,6 +30,7 @@ def create_app(router: Router, operations: Operations) -> FastAPI:
     app = FastAPI(title="vllm-unified", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestError, _answer_request_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(Exception, _answer_exception)
     _add_health(app, router)
     _add_information(app, router)
@@ -50,7 +52,7 @@ def _add_health(app: FastAPI, router: Router) -> None:
     async def live() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "a model that is required is not ready"}})
     async def ready() -> Response:
         waiting = {
             each.model.key: each.problem for each in router.registry.served if each.model.required and not each.ready
@@ -59,7 +61,7 @@ def _add_health(app: FastAPI, router: Router) -> None:
             return JSONResponse({"status": "not ready", "waiting_for": waiting}, 503)
         return JSONResponse({"status": "ready"})
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "a model is not ready"}})
     async def health_of_all() -> Response:
         served = router.registry.served
         healthy = all(each.ready for each in served)
@@ -109,12 +111,12 @@ def _add_information(app: FastAPI, router: Router) -> None:
 def _add_metrics(app: FastAPI, router: Router) -> None:
     """For admin keys: they tell the names of all models and keys."""
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics(request: Request) -> Response:
         require_admin(request)
         return Response(router.metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.get("/metrics/engines")
+    @app.get("/metrics/engines", response_class=PlainTextResponse)
     async def engine_metrics(request: Request) -> Response:
         require_admin(request)
         return Response(await merged(router.registry, fetch), media_type=CONTENT_TYPE)
@@ -170,6 +172,14 @@ async def _answer_request_error(_request: Request, error: Exception) -> Response
     if not isinstance(error, RequestError):
         raise error
     return error.response()
+
+
+async def _answer_invalid(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return RequestError(400, f"{place}: {first['msg']}", code="invalid_value", param=place).response()
 
 
 async def _answer_exception(_request: Request, _error: Exception) -> Response:

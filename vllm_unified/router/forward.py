@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import logging
 import random
 import re
 import secrets
@@ -25,6 +26,8 @@ from vllm_unified.router.routes import Route
 from vllm_unified.router.server import ClientConnection, Headers, Request
 from vllm_unified.router.tokens import AnswerTokens, StreamTokens
 from vllm_unified.router.upstream import UpstreamConnection
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 FIRST_PAUSE_SECONDS = 0.05
@@ -300,6 +303,14 @@ class Exchange:
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)
+        self._task.add_done_callback(self._look_at_end)
+
+    def _look_at_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s %s", self.request.method, self._route.path, exc_info=error)
+            if not self._over:
+                self.give_up()
+                self.client.abort()
 
     # --- when it fails ---
 
@@ -493,7 +504,7 @@ class Exchange:
         if stream is not None:
             if rest := stream.end():
                 self._write(rest)
-            record.prompt_tokens, record.completion_tokens = stream.prompt, stream.completion
+            self._count(stream)
         elif self._answer is not None:
             record.prompt_tokens, record.completion_tokens = self._answer.counts()
         if self._adapted is not None:
@@ -553,8 +564,9 @@ class Exchange:
         error = self._engine_error(what)
         error.shape = self._route.errors
         if stream is not None:
-            self.record.prompt_tokens, self.record.completion_tokens = stream.prompt, stream.completion
-            self._write(stream.end() + error.event())
+            before = stream.broken_off()
+            self._count(stream)
+            self._write(before + error.event())
             if self._chunked:
                 client.write(b"0\r\n\r\n")
         unsent = stream is None and (self._adapted is not None or self._head is not None)
@@ -602,7 +614,16 @@ class Exchange:
             replica.breaker.forget()
         self.record.error = "client"
         if self._stream is not None:
-            self.record.prompt_tokens, self.record.completion_tokens = self._stream.prompt, self._stream.completion
+            self._count(self._stream)
+        self._finish()
+
+    def give_up(self) -> None:
+        """After an error of our own; nothing may stay taken."""
+        self._drop_connection()
+        replica = self._release_replica()
+        if replica is not None:
+            replica.breaker.forget()
+        self.record.status, self.record.error = 500, "router"
         self._finish()
 
     def pause(self) -> None:
@@ -615,6 +636,9 @@ class Exchange:
         self._last_data = time.monotonic()
         if self._connection is not None:
             self._connection.resume_reading()
+
+    def _count(self, stream: StreamTokens) -> None:
+        self.record.prompt_tokens, self.record.completion_tokens = stream.counts
 
     def _drop_connection(self) -> None:
         """The server notices, and ends what it was doing for us."""

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_unified.router.problems import Shape
 from vllm_unified.router.registry import Registry
 from vllm_unified.router.routes import ROUTES, Route
 
@@ -88,11 +89,27 @@ BODIES = {
 ERRORS = {
     400: "the request is wrong; the message says what to change",
     401: "no API key, or not one of this deployment's",
-    403: "the key is good, but not for this model",
+    403: "the key is good, but not for this",
     404: "no model of that name",
+    409: "it can't be done as things are; the message says why",
     413: "the request is larger than router.max_body_mib",
+    415: "the body is packed in a way that is not understood; send gzip, deflate or none",
     429: "a limit of the key is reached, or the model's queue is full; come back after retry-after",
+    502: "the model's server failed",
     503: "the model is known but not ready, or stayed busy; come back after retry-after",
+    504: "the model's server was silent for too long",
+}
+OF_FORWARDED = (400, 401, 403, 404, 413, 415, 429, 502, 503, 504)
+# What FastAPI's own paths answer, beside 401.
+OF_OWN: dict[str, tuple[int, ...]] = {
+    "/v1/models/{name}": (403, 404),
+    "/system/info": (403,),
+    "/metrics": (403,),
+    "/metrics/engines": (403,),
+    "/sd": (403,),
+    "/usage": (400, 403),
+    "/admin/reload": (400, 403),
+    "/admin/models/{key}/{action}": (400, 403, 404, 409),
 }
 COMPONENTS: dict[str, Schema] = {
     "schemas": {
@@ -111,7 +128,22 @@ COMPONENTS: dict[str, Schema] = {
                     },
                 }
             },
-        }
+        },
+        "AnthropicError": {
+            "type": "object",
+            "required": ["type", "error"],
+            "properties": {
+                "type": {"type": "string", "const": "error"},
+                "error": {
+                    "type": "object",
+                    "required": ["type", "message"],
+                    "properties": {
+                        "type": {"type": "string", "examples": ["invalid_request_error", "api_error"]},
+                        "message": {"type": "string", "description": "what is wrong, and what to do"},
+                    },
+                },
+            },
+        },
     },
     "headers": {
         "x-error-source": {
@@ -134,18 +166,25 @@ def add_forwarded(document: Schema, registry: Registry, open_paths: Collection[s
         components.setdefault(name, {}).update(parts)
     document["security"] = [{name: []} for name in COMPONENTS["securitySchemes"]]
     paths = document.setdefault("paths", {})
-    for path in set(open_paths).intersection(paths):
-        for operation in paths[path].values():
-            operation["security"] = []
+    for path, operations in paths.items():
+        for operation in operations.values():
+            if path in open_paths:
+                operation["security"] = []
+            operation["responses"].pop("422", None)  # FastAPI's own shape, in which nothing is answered here
+            for status in () if path in open_paths else (401, *OF_OWN.get(path, ())):
+                operation["responses"][str(status)] = _error(status)
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
     for route in ROUTES:
         paths[route.path] = {"post": _operation(route, registry)}
 
 
 def _operation(route: Route, registry: Registry) -> Schema:
     body = BODIES[route.path]
-    answer: Schema = {"application/json": {"schema": {"type": "object"}}}
+    kinds = ["object", "array"] if "texts" in body.further else ["object"]  # TEI's ranks are a list
+    answer: Schema = {"application/json": {"schema": {"type": kinds}}}
     if "stream" in body.further:
-        answer["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["text/event-stream"] = {}
     return {
         "tags": [", ".join(route.kinds)],
         "summary": route.summary,
@@ -153,7 +192,7 @@ def _operation(route: Route, registry: Registry) -> Schema:
         "requestBody": {"required": True, "content": _content(route, body, registry)},
         "responses": {
             "200": {"description": "as the model's server answers", "content": answer},
-            **{str(status): _error(status) for status in ERRORS},
+            **{str(status): _error(status, route.errors) for status in OF_FORWARDED},
         },
     }
 
@@ -174,10 +213,11 @@ def _content(route: Route, body: _Body, registry: Registry) -> Schema:
     return {"application/json": {"schema": schema, "example": {**model, **body.example}}}
 
 
-def _error(status: int) -> Schema:
+def _error(status: int, shape: Shape = "openai") -> Schema:
+    schema = "AnthropicError" if shape == "anthropic" else "Error"
     headers = ["x-error-source", *(["retry-after"] if status in (429, 503) else [])]
     return {
         "description": ERRORS[status],
         "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in headers},
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
     }

@@ -82,7 +82,11 @@ class Router:
         route = BY_PATH.get(request.path)
         if route is not None and request.key is not None and request.method == "POST":
             exchange = Exchange(self.forwarding, request, client, route, request.key)
-            exchange.start()
+            try:
+                exchange.start()
+            except Exception:
+                exchange.give_up()
+                raise
             return exchange
         if self.app is None:
             raise RuntimeError("no application")

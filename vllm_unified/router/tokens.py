@@ -81,35 +81,48 @@ class AnswerTokens:
 
 
 class StreamTokens:
-    """Of a stream of server-sent events. `hide`: leave out the event that holds nothing but the usage."""
+    """Of a stream of server-sent events. `hide`: leave out the event that holds nothing but the usage.
 
-    __slots__ = ("_hide", "_rest", "completion", "prompt")
+    A stream that never told its usage, because its client left before the end, has as many completion tokens as
+    pieces came: engines send a token or a few in each.
+    """
+
+    __slots__ = ("_hide", "_rest", "at_border", "completion", "pieces", "prompt")
 
     def __init__(self, *, hide: bool) -> None:
         self._hide = hide
         self._rest = b""
+        self.at_border = True  # what went to the client so far ends with a whole event
         self.prompt = 0
         self.completion = 0
+        self.pieces = 0
 
     @property
-    def at_border(self) -> bool:
-        """Whether what went to the client so far ends with a whole event."""
-        return self._hide or not self._rest
+    def counts(self) -> tuple[int, int]:
+        """Prompt and completion tokens."""
+        return self.prompt, self.completion or self.pieces
 
     def take(self, data: bytes) -> bytes:
         """What of `data` goes to the client now; with `hide`, events go whole."""
+        self.pieces += 1
         if not self._rest and data.endswith(b"\n\n") and b'"usage"' not in data:
+            self.at_border = True
             return data  # nearly always
         events = self._rest + data
         end = _end_of_last(events)
         whole, rest = events[:end], events[end:]
         if len(rest) > LARGEST_EVENT:
             self._rest = b""
+            self.at_border = False
             return events if self._hide else data
         kept = self._read(whole) if b'"usage"' in whole else whole
         # Bytes that were passed on already are kept only to be read.
         self._rest = rest
-        return kept if self._hide else data
+        if not self._hide:
+            self.at_border = not rest
+            return data
+        self.at_border = self.at_border or bool(kept)
+        return kept
 
     def end(self) -> bytes:
         """What was held back of an event that never ended."""
@@ -117,6 +130,11 @@ class StreamTokens:
         if rest and self._read(rest) and self._hide:
             return rest
         return b""
+
+    def broken_off(self) -> bytes:
+        """What has to go to the client before another event, where the stream ended within one."""
+        self.end()
+        return b"" if self.at_border else b"\n\n"
 
     def _read(self, events: bytes) -> bytes:
         """Take note of the usage in `events`; those that are not hidden."""

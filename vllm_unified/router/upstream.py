@@ -131,7 +131,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        self._skipped = status < 200
+        self._skipped = 100 <= status < 200 and status != 101
         if self._skipped:
             return
         self._head_size = -1

@@ -263,7 +263,7 @@ def usage_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 def add_usage(app: FastAPI, usage: Usage) -> None:
     """GET /usage. The calling Key stands in `request.state.key`; a RequestError is the application's to answer."""
 
-    @app.get("/usage")
+    @app.get("/usage", responses={200: {"content": {"text/csv": {}}}})
     def usage_of_keys(
         request: Request,
         from_: Annotated[str | None, Query(alias="from")] = None,
