@@ -157,7 +157,7 @@ def prompts_of(folder: Path) -> frozenset[str]:
     for name, field in places:
         try:
             found = json.loads((folder / name).read_bytes())[field]
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
         if isinstance(found, dict) and found:
             return frozenset(found)
