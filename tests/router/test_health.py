@@ -13,9 +13,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import API_KEY, eventually, free_port, listening
+from tests.conftest import API_KEY, Project, eventually, free_port, listening
 from tests.router.conftest import Deployment
 from vllm_unified.router.health import NOT_READY, hear_keeper, look
+from vllm_unified.router.registry import LONGEST_RETRY_AFTER, RETRY_AFTER_SECONDS, Registry
 from vllm_unified.router.replica import FAILURES_THAT_OPEN, Replica
 from vllm_unified.settings.schema import Endpoint
 from vllm_unified.state import EngineState, Phase, Process
@@ -43,6 +44,37 @@ def test_a_keeper_closes_its_engine(tmp_path: Path, phase: Phase) -> None:
     assert not replica.ready
     assert replica.problem == NOT_READY.get(phase, phase.value)
     assert replica.reason == "out of memory"
+
+
+@pytest.mark.parametrize(
+    ("phase", "fields", "seconds"),
+    [
+        (Phase.STARTING, {"ready_after": 40.0}, 40),
+        (Phase.STARTING, {"ready_after": 4000.0}, LONGEST_RETRY_AFTER),
+        (Phase.STARTING, {}, RETRY_AFTER_SECONDS),
+        (Phase.BACKOFF, {"ready_after": 40.0, "retry_at": 100.0}, 140),
+        (Phase.WAITING, {"ready_after": 40.0}, RETRY_AFTER_SECONDS),
+    ],
+)
+def test_when_to_come_back(project: Project, phase: Phase, fields: dict[str, float], seconds: int) -> None:
+    """By what the last start took; times in `fields` are from now on."""
+    project.write({"chat": {"name": "chat", "type": "chat"}})
+    (served,) = Registry(project.load()).served
+    now = time.monotonic()
+    at = {"retry_at": fields["retry_at"] + now} if "retry_at" in fields else {}
+    keeper_says(project.home / "run", phase, **{**fields, **at})
+    hear_keeper(served.replicas[0], project.home / "run")
+    assert abs(served.retry_after(now) - seconds) <= 1
+
+
+def test_when_to_come_back_to_an_open_breaker(project: Project) -> None:
+    project.write({"chat": {"name": "chat", "type": "chat"}})
+    (served,) = Registry(project.load()).served
+    breaker = served.replicas[0].breaker
+    for failures in range(1, 4 * FAILURES_THAT_OPEN):
+        breaker.fail(100.0 * failures)
+    now = breaker.open_until - 7.5
+    assert served.retry_after(now) == 8
 
 
 def test_a_keeper_opens_its_engine_at_once(tmp_path: Path) -> None:

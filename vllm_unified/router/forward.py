@@ -29,7 +29,6 @@ from vllm_unified.router.upstream import UpstreamConnection
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_SECONDS = 5
 FIRST_PAUSE_SECONDS = 0.05
 PAUSE_GROWTH = 1.5
 LONGEST_PAUSE_SECONDS = 2.0
@@ -372,7 +371,7 @@ class Exchange:
             raise RuntimeError("no model")
         words = (what or served.problem or "it does not answer on its port", served.reason)
         why = ": ".join(word for word in words if word)
-        return not_ready(f'"{served.model.name}" is not ready: {why}', RETRY_AFTER_SECONDS)
+        return not_ready(f'"{served.model.name}" is not ready: {why}', served.retry_after(time.monotonic()))
 
     def _engine_error(self, what: str) -> RequestError:
         name = self._served.model.name if self._served else ""

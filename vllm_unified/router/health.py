@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_unified import state
 from vllm_unified.router.replica import IDLE_SECONDS, Replica
 from vllm_unified.router.upstream import fetch
-from vllm_unified.state import Phase
+from vllm_unified.state import EngineState, Phase
 
 LOOK_SECONDS = 5.0
 STATE_SECONDS = 0.25
@@ -59,6 +59,7 @@ def hear_keeper(replica: Replica, run: Path) -> None:
     """
     was_closed = replica.closed is not None
     said = state.read_as_written(run, replica.name)
+    replica.ready_at = _ready_at(said) if said else None
     if said is None or said.phase is Phase.STOPPED:
         replica.closed = None
     elif not said.is_kept:
@@ -70,6 +71,12 @@ def hear_keeper(replica: Replica, run: Path) -> None:
         if was_closed:
             replica.error = replica.reason = None
             replica.breaker.succeed()
+
+
+def _ready_at(said: EngineState) -> float | None:
+    """By the time that its last start took."""
+    begins = {Phase.STARTING: said.since, Phase.BACKOFF: said.retry_at}.get(said.phase)
+    return begins + said.ready_after if begins is not None and said.ready_after is not None else None
 
 
 async def is_ending(replica: Replica, run: Path) -> bool:

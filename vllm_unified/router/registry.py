@@ -1,6 +1,7 @@
 """Which model a request means, which replicas serve it, and which of them takes it."""
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Sequence
 
 from vllm_unified.router.gate import Gate
@@ -13,6 +14,8 @@ from vllm_unified.settings import Kind, Model, Settings
 from vllm_unified.settings.schema import Endpoint
 
 LONGEST_ECHO = 100
+RETRY_AFTER_SECONDS = 5  # where nobody knows
+LONGEST_RETRY_AFTER = 600
 
 
 class Served:
@@ -50,6 +53,12 @@ class Served:
         if len(self.replicas) == 1:
             return self.replicas[0].problem
         return "; ".join(f"{replica.name}: {replica.problem}" for replica in self.replicas)
+
+    def retry_after(self, now: float) -> int:
+        """Seconds after which a request is worth another try."""
+        known = [at for each in self.replicas if (at := each.opens_at(now)) is not None]
+        seconds = math.ceil(min(known) - now) if known else RETRY_AFTER_SECONDS
+        return max(1, min(seconds, LONGEST_RETRY_AFTER))
 
     def open_to(self, key: Key) -> bool:
         return key.may_use(self.handles)

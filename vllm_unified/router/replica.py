@@ -73,7 +73,8 @@ class Breaker:
 
 class Replica:
     """`error`: why it is not ready, in words for everyone; None when it is. `reason`: what its log says, for those
-    with a key. `closed`: its keeper, or an operator, says that nothing may be sent to it.
+    with a key. `closed`: its keeper says that nothing may be sent to it. `ready_at`: when it is likely to be ready
+    (time.monotonic() seconds), by its last start; None where nobody knows.
     """
 
     def __init__(self, name: str, endpoint: Endpoint, model: str, *, local: bool, ca: Path | None = None) -> None:
@@ -85,6 +86,7 @@ class Replica:
         self.closed: str | None = None
         self.error: str | None = "not looked at yet"
         self.reason: str | None = None
+        self.ready_at: float | None = None
         self.retired = False  # no longer in the settings: its connections are not kept
         self.in_flight = 0
         self.breaker = Breaker()
@@ -105,6 +107,12 @@ class Replica:
     @property
     def ready(self) -> bool:
         return self.problem is None
+
+    def opens_at(self, now: float) -> float | None:
+        """When requests are likely to be let through again; None where nobody knows."""
+        if self.closed is None and not self.breaker.passes(now):
+            return max(self.breaker.open_until, self.breaker.trial_until)
+        return self.ready_at
 
     def take(self, now: float) -> "UpstreamConnection | None":
         """A connection that is open and idle, the one used last."""
