@@ -42,11 +42,15 @@ step() {
   say "$what: done in $((SECONDS - began)) s"
 }
 
-# The first Python that is new enough and can make virtual environments.
+# The first Python that is new enough and can make virtual environments. The distribution's own goes first where it has
+# the headers that vLLM compiles against: version managers build theirs without the optimizations of distributions,
+# and the router serves a quarter fewer requests with it.
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.13; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+  local candidate fits='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+  local headers='import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))'
+  for candidate in ${PYTHON:-} /usr/bin/python3 python3 python3.12 python3.11 python3.13; do
+    if [[ $candidate == /usr/bin/python3 ]] && ! "$candidate" -c "$headers" 2>/dev/null; then continue; fi
+    if "$candidate" -c "$fits" 2>/dev/null; then
       command -v "$candidate"
       return
     fi

@@ -3,6 +3,7 @@
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -194,6 +195,7 @@ def test_the_log_has_a_line_a_request_and_no_secret(two_models: Deployment) -> N
         return [line for line in map(json.loads, found) if line["id"] == "mine-1"]
 
     (line,) = eventually(lines)
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(line["time"])) < timedelta(minutes=1)
     assert (line["key"], line["model"], line["status"], line["upstream"]) == ("team", "chat", 200, "chat")
     text = two_models.log.read_text()
     assert key not in text

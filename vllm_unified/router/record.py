@@ -10,7 +10,7 @@ Owner = Literal["", "client", "router", "engine"]
 class Record(msgspec.Struct, gc=False):
     """The access log's line, in its order. Durations are whole microseconds, sizes bytes.
 
-    `time`: its end, set by the log. `path`: a route's, so there are few; "" for another. `model`: the model's key, ""
+    `time`: its end, UTC. `path`: a route's, so there are few; "" for another. `model`: the model's key, ""
     when none was found; `asked`: the name that the client sent. `status`: 0 when the client left before an answer
     began. `error`: whose error it was, "" for none; a stream that broke off has the status 200 and an error.
     `first_byte_us`: from its coming to the first byte of an engine's answer, None when none came.

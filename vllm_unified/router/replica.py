@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from vllm_unified.router.outbox import Outbox
 from vllm_unified.settings.schema import Endpoint
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Replica:
         self.in_flight = 0
         self.breaker = Breaker()
         self.context_length: int | None = None  # tokens, as the server itself says
+        self.outbox = Outbox()
         self.idle: list[UpstreamConnection] = []
         parts = urlsplit(endpoint.url)
         self.host = parts.hostname or ""
@@ -116,9 +118,10 @@ class Replica:
 
     def take(self, now: float) -> "UpstreamConnection | None":
         """A connection that is open and idle, the one used last."""
-        while self.idle:
-            connection = self.idle.pop()
-            if connection.is_usable(now):
+        idle = self.idle
+        while idle:
+            connection = idle.pop()
+            if now - connection.idle_since < IDLE_SECONDS and connection.is_open:
                 return connection
             connection.close()
         return None

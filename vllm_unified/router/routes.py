@@ -1,6 +1,6 @@
 """The paths that are forwarded, as data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from vllm_unified.settings import Kind
@@ -25,7 +25,6 @@ class Route:
     multipart: bool = False
     usage_on_request: bool = False
     errors: Literal["openai", "anthropic", "responses"] = "openai"
-    forwarded_as: str = field(default="")
 
 
 ROUTES = (

@@ -10,7 +10,7 @@ import http
 import logging
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from email.utils import formatdate
 from typing import Protocol, cast
 from urllib.parse import unquote_to_bytes
@@ -18,6 +18,7 @@ from urllib.parse import unquote_to_bytes
 import httptools
 
 from vllm_unified.router.keys import Key
+from vllm_unified.router.outbox import Outbox, Sender
 from vllm_unified.router.problems import RequestError, failure
 
 HEAD_SECONDS = 30.0
@@ -93,12 +94,12 @@ class Handler(Protocol):
         """Lines of the head of every answer to a request with an Origin."""
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Sender, asyncio.Protocol):
     """One client's connection: one request is answered at a time, in the order in which they came."""
 
     def __init__(self, server: "Server") -> None:
+        super().__init__(server.outbox)
         self._server = server
-        self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self.peer = ""
         self.deadline = 0.0
@@ -135,16 +136,15 @@ class ClientConnection(asyncio.Protocol):
     def is_gone(self) -> bool:
         return self._transport is None or self._transport.is_closing()
 
-    def write(self, data: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(data)
-
-    def head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        """The head of an answer to the current request."""
+    def head(
+        self, status: int, headers: Iterable[tuple[bytes, bytes]], without: Container[bytes] = (), more: bytes = b""
+    ) -> bytes:
+        """The head of an answer to the current request: `headers` but those named in `without`, and whole lines."""
         request, server = self.request, self._server
-        lines = [server.openings.get(status) or server.opening(status)]
+        lines = [server.openings.get(status) or server.opening(status), more]
         for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
+            if name not in without:
+                lines += (name, b": ", value, b"\r\n")
         if b"origin" in request.fields:
             lines.append(server.handler.cors_headers(request))
         if not request.keep_alive:
@@ -169,7 +169,7 @@ class ClientConnection(asyncio.Protocol):
             self._pipeline.clear()
             if self._reading is None:
                 self.deadline = time.monotonic() + STALLED_SECONDS
-                self._transport.close()
+                self.close_when_sent()
             else:
                 self._linger()
         elif self._pipeline:
@@ -181,12 +181,11 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection: an answer that is not whole must not look whole."""
-        if self._transport is not None:
-            self._transport.abort()
+        self.cut()
 
     def close_if_idle(self) -> None:
         if self._request is None and self._reading is None and not self._pipeline and self._transport is not None:
-            self._transport.close()
+            self.close_when_sent()
 
     def expire(self) -> None:
         """`deadline` has passed."""
@@ -431,6 +430,7 @@ class ClientConnection(asyncio.Protocol):
         self._reading = None
         self._body = []
         self.deadline = time.monotonic() + LINGERING_SECONDS
+        self.flush()
         if self._transport is not None and self._transport.can_write_eof():
             self._transport.write_eof()
 
@@ -448,6 +448,7 @@ class Server:
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
+        self.outbox = Outbox()
         self.connections: set[ClientConnection] = set()
         self.is_closing = False
         self.openings: dict[int, bytes] = {}  # by status, of this second

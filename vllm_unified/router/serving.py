@@ -32,6 +32,7 @@ from vllm_unified.settings import Settings
 HEALTH_PATHS = frozenset({"/live", "/ready", "/health"})
 # The documentation is read by browsers, which have no key; it shows nothing of this deployment but model names.
 OPEN_PATHS = frozenset(path.encode("ascii") for path in HEALTH_PATHS | DOCS_PATHS)
+SETTLE_SECONDS = 0.2
 FLUSH_SECONDS = 0.5
 PREFLIGHT_SECONDS = b"600"
 
@@ -57,6 +58,7 @@ class Router:
 
     def apply(self, settings: Settings) -> None:
         """Go on with other settings; nothing that is in flight notices."""
+        self.forwarding.settle()
         self.settings = settings
         self.registry.apply(settings)
         self.max_body_bytes = self.forwarding.max_body_bytes = settings.router.max_body_mib << 20
@@ -92,6 +94,7 @@ class Router:
             raise RuntimeError("no application")
         if _is_preflight(request):
             return AsgiWork(Response(status_code=204), request, client)
+        self.forwarding.settle()  # it may show what was noted
         return AsgiWork(self.app, request, client)
 
     def refused(self, request: Request, error: RequestError) -> None:
@@ -145,6 +148,7 @@ class Router:
                 self.keys.watch(),
                 self.usage.run(),
                 _each(1.0, lambda: self.forwarding.tick(time.monotonic())),
+                _each(SETTLE_SECONDS, self.forwarding.settle),
                 _each(FLUSH_SECONDS, self.access_log.flush),
             )
         ]
@@ -156,6 +160,7 @@ class Router:
             await asyncio.gather(*tasks, return_exceptions=True)
             for replica in self.replicas():
                 replica.close_idle()
+            self.forwarding.settle()
             self.usage.close()
             self.access_log.close()
 

@@ -12,7 +12,9 @@ from vllm_unified.router.problems import RequestError
 from vllm_unified.router.routes import Route
 from vllm_unified.settings import Model
 
+EMBED = "/v2/embed"
 RERANK = frozenset({"/rerank", "/v1/rerank", "/v2/rerank"})
+ADAPTED = RERANK | {EMBED}  # and what DeepSeek-OCR is asked
 # https://github.com/deepseek-ai/DeepSeek-OCR: without them it repeats itself; 128821 and 128822 are <td> and </td>.
 DEEPSEEK_OCR: dict[str, Any] = {"temperature": 0.0, "skip_special_tokens": False}
 DEEPSEEK_OCR_XARGS = {"ngram_size": 30, "window_size": 90, "whitelist_token_ids": [128821, 128822]}
@@ -83,7 +85,7 @@ def adapted(
     """
     if route.path in RERANK:
         return _rerank(body)
-    if route.path == "/v2/embed" and prompts is not None:
+    if route.path == EMBED and prompts is not None:
         return _with_input_type_of(prompts, body), None
     if deepseek_ocr and route.path in DEEPSEEK_OCR_PATHS:
         return with_defaults(body), None

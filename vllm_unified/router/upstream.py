@@ -6,7 +6,8 @@ from typing import Protocol, cast
 
 import httptools
 
-from vllm_unified.router.replica import IDLE_SECONDS, Replica
+from vllm_unified.router.outbox import Sender
+from vllm_unified.router.replica import Replica
 
 LONGEST_HEAD = 64 * 1024
 WITHOUT_BODY = frozenset({204, 304})  # whatever their heads say
@@ -27,14 +28,14 @@ class Receiver(Protocol):
         """The connection ended before the answer did, or what came is not HTTP (`rubbish`)."""
 
 
-class UpstreamConnection(asyncio.Protocol):
+class UpstreamConnection(Sender, asyncio.Protocol):
     """Used by one receiver at a time; between two of them it waits in its replica's `idle`."""
 
     def __init__(self, replica: Replica) -> None:
+        super().__init__(replica.outbox)
         self.replica = replica
         self.used = 0  # answers that came whole
         self.idle_since = 0.0
-        self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._headers: Headers = []
@@ -49,27 +50,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._receiver = receiver
         self._ended = self._until_close = False
         self._head_size = 0
-        transport = self._transport
-        if transport is None:
-            raise RuntimeError("not connected")
-        if len(body) < LONGEST_HEAD:
-            transport.write(head + body)
-        else:
-            transport.write(head)
-            transport.write(body)
+        self.write(head)
+        self.write(body)
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def is_usable(self, now: float) -> bool:
-        return self.is_open and now - self.idle_since < IDLE_SECONDS
-
     def close(self) -> None:
         """End it at once; the server notices, and drops what it was doing."""
         self._receiver = None
-        if self._transport is not None:
-            self._transport.abort()
+        self.cut()
 
     def pause_reading(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
