@@ -574,12 +574,19 @@ class Written(asyncio.Transport):
         return False
 
 
-def test_what_stands_before_a_head_in_its_piece_is_no_part_of_it() -> None:
-    connection, transport = ClientConnection(Server(Tiny())), Written()
-    connection.connection_made(transport)
-    first, second = request("POST", "/", body=b"x" * 100_000), embed(2)
-    for piece in (first + second[:9], second[9:20], second[20:]):
-        connection.data_received(piece)
+@pytest.mark.parametrize("size", [100_000, 1_000_000])
+def test_what_stands_before_a_head_in_its_piece_is_no_part_of_it(size: int) -> None:
+    transport = Written()
+
+    async def come() -> None:
+        connection = ClientConnection(Server(Tiny()))
+        connection.connection_made(transport)
+        first, second = request("POST", "/", body=b"x" * size), embed(2)
+        for piece in (first[:500], first[500:] + second[:9], second[9:20], second[20:]):
+            connection.data_received(piece)
+            await asyncio.sleep(0)
+
+    asyncio.run(come())
     assert transport.data.count(b"HTTP/1.1 200 OK") == 2
     assert transport.data.endswith(b'{"n": 2}')
 

@@ -114,6 +114,7 @@ class ClientConnection(Sender, asyncio.Protocol):
         self._reading: Request | None = None  # its body is still to come
         self._body: list[bytes] = []
         self._body_size = 0
+        self._unparsed = 0  # of the body
         self._discarding = False
         self._lingering = False
         self._thrown_away = 0
@@ -226,6 +227,8 @@ class ClientConnection(Sender, asyncio.Protocol):
         if oldest is not None and self._received - oldest.came_at > LONGEST_PIPELINE:
             self.abort()
             return
+        if self._unparsed:
+            data = self._take_unparsed(data)
         heads = self._heads
         while data:
             try:
@@ -242,10 +245,32 @@ class ClientConnection(Sender, asyncio.Protocol):
                     what = str(error.__context__ or error)
                     self._refuse(RequestError(400, f"not a request of HTTP/1.1: {what}", code="bad_request"))
                 return
+        self._stop_parsing()
         if (self._in_head or self._in_trailers) and self._heads == heads:
             self._head_size += len(data)
             if self._head_size > LONGEST_HEAD:
                 self._refuse(_head_too_large())
+
+    def _stop_parsing(self) -> None:
+        """The rest of a large body of a known length needs no parser, and is not copied by one."""
+        reading = self._reading
+        if reading is not None and not self._lingering and not self._unparsed:
+            left = int(reading.fields.get(b"content-length", b"0")) - self._body_size
+            if left > SMALL_BODY and not self._in_head:
+                self._unparsed = left
+
+    def _take_unparsed(self, data: bytes) -> bytes:
+        """What of `data` is behind the body."""
+        if len(data) < self._unparsed:
+            self._unparsed -= len(data)
+            self.on_body(data)
+            return b""
+        body, data = data[: self._unparsed], data[self._unparsed :]
+        self._unparsed = 0
+        self._parser = httptools.HttpRequestParser(self)  # the old one waits for the body
+        self.on_body(body)
+        self.on_message_complete()
+        return data
 
     def eof_received(self) -> bool | None:
         return None  # half closed is closed, as it is for most servers: nothing else tells that a client left
