@@ -192,7 +192,7 @@ def golden_answer(path: str, request: Any) -> Any:
         if wrong == "batches" and len(vectors) > 1:
             vectors = vectors[::-1]
         if wrong == "drifts":
-            vectors = [[value + random.random() for value in each] for each in vectors]
+            vectors = [[value + random.random() / 20 for value in each] for each in vectors]
         if wrong == "nothing":
             vectors = [[0.0] * len(each) for each in vectors]
         if request.get("encoding_format") == "base64":

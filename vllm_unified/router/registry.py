@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from vllm_unified.router.gate import Gate
 from vllm_unified.router.keys import Key
+from vllm_unified.router.outbox import Outbox
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import ROUTES, Route
@@ -110,6 +111,7 @@ class Registry:
 
     def __init__(self, settings: Settings) -> None:
         self.served: tuple[Served, ...] = ()
+        self._outbox = Outbox()
         self._by_name: dict[str, Served] = {}
         self.apply(settings)
 
@@ -119,7 +121,7 @@ class Registry:
         served = []
         for model in settings.models:
             before = known.get(model.key)
-            replicas = _replicas(settings, model, before.replicas if before else ())
+            replicas = _replicas(settings, model, before.replicas if before else (), self._outbox)
             if before:
                 before.change(model, replicas)
             after = before or Served(model, replicas)
@@ -182,7 +184,7 @@ class Registry:
         raise RequestError(400, f"say which model: {names}", code="model_required", param="model")
 
 
-def _replicas(settings: Settings, model: Model, before: Iterable[Replica]) -> list[Replica]:
+def _replicas(settings: Settings, model: Model, before: Iterable[Replica], outbox: Outbox) -> list[Replica]:
     known = {(each.name, each.endpoint, each.model): each for each in before}
     wanted = [
         (endpoint.url.partition("://")[2], endpoint, endpoint.model or model.name, False)
@@ -195,6 +197,13 @@ def _replicas(settings: Settings, model: Model, before: Iterable[Replica]) -> li
         wanted.insert(0, (model.key, own, model.name, True))
     return [
         known.get((name, endpoint, upstream_model))
-        or Replica(name, endpoint, upstream_model, local=local, ca=settings.home / endpoint.ca if endpoint.ca else None)
+        or Replica(
+            name,
+            endpoint,
+            upstream_model,
+            local=local,
+            ca=settings.home / endpoint.ca if endpoint.ca else None,
+            outbox=outbox,
+        )
         for name, endpoint, upstream_model, local in wanted
     ]

@@ -78,7 +78,16 @@ class Replica:
     (time.monotonic() seconds), by its last start; None where nobody knows.
     """
 
-    def __init__(self, name: str, endpoint: Endpoint, model: str, *, local: bool, ca: Path | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        endpoint: Endpoint,
+        model: str,
+        *,
+        local: bool,
+        ca: Path | None = None,
+        outbox: Outbox | None = None,
+    ) -> None:
         """`name`: the model's key for its own engine, else host:port. `model`: the name that the server knows."""
         self.name = name
         self.endpoint = endpoint
@@ -92,7 +101,7 @@ class Replica:
         self.in_flight = 0
         self.breaker = Breaker()
         self.context_length: int | None = None  # tokens, as the server itself says
-        self.outbox = Outbox()
+        self.outbox = outbox or Outbox()
         self.idle: list[UpstreamConnection] = []
         parts = urlsplit(endpoint.url)
         self.host = parts.hostname or ""
