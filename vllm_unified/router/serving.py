@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import resource
 import signal
@@ -34,6 +35,7 @@ HEALTH_PATHS = frozenset({"/live", "/ready", "/health"})
 OPEN_PATHS = frozenset(path.encode("ascii") for path in HEALTH_PATHS | DOCS_PATHS)
 SETTLE_SECONDS = 0.2
 FLUSH_SECONDS = 0.5
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PREFLIGHT_SECONDS = b"600"
 
 log = logging.getLogger(__name__)
@@ -188,7 +190,18 @@ def run(router: Router) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:  # each request in flight holds two files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _keep_memory()
     uvloop.run(router.serve())
+
+
+def _keep_memory() -> None:
+    """glibc gives the memory of each large body back, and the kernel clears it anew for the next one, which takes half
+    of the time of a request of 20 MB. Up to 128 MiB that were used once are kept.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
 def _token(request: Request) -> bytes | None:
