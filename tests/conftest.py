@@ -1,7 +1,9 @@
 """A project folder that a test fills, and ports that nobody uses."""
 
 import contextlib
+import itertools
 import json
+import random
 import socket
 import sys
 import time
@@ -60,11 +62,17 @@ def project(tmp_path: Path) -> Project:
     return Project(home)
 
 
+# Below those that the kernel gives to outgoing connections: the tests make thousands, and one of them could take the
+# port before the server does that it is for. In another order in each run, so that two runs do not meet.
+PORTS = itertools.cycle(random.sample(range(20_000, 32_000), 12_000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("unreachable: the ports go round")
 
 
 @contextlib.contextmanager
