@@ -444,12 +444,12 @@ def list_(project: Project, as_json: bool) -> None:
     from rich.console import Console
 
     from vllm_unified.console import keys_json, keys_table, print_json
-    from vllm_unified.router.usage import recorded_tokens
+    from vllm_unified.router.usage import FILE, recorded_tokens
     from vllm_unified.settings.keys import read_keys
 
     entries = read_keys(project.home)
     now = datetime.now(UTC)
-    usage = project.home / "data" / "usage.db"
+    usage = project.home / FILE
     try:
         today, month = (recorded_tokens(usage, day) for day in (now.date(), now.date().replace(day=1)))
     except sqlite3.Error as error:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from vllm_unified.router.problems import RequestError
+from vllm_unified.router.problems import RequestError, too_large
 
 
 class Asked(msgspec.Struct):
@@ -58,15 +58,19 @@ def json_of(text: bytes) -> Any:
         raise RequestError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
+def dumped(document: Any) -> bytes:
+    """JSON as it is sent; half a surrogate pair stays what it was."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
 def with_fields(body: bytes, fields: dict[str, Any]) -> bytes:
     """The body with `fields` set; the others stay as they were written, to the last digit."""
     try:
         document = _raw_fields.decode(body)
     except (msgspec.DecodeError, RecursionError):  # half a surrogate pair, which Python takes
-        whole = {**document_in(body), **fields}
-        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        return dumped({**document_in(body), **fields})
     for name, value in fields.items():
-        document[name] = msgspec.Raw(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        document[name] = msgspec.Raw(dumped(value))
     return msgspec.json.encode(document)
 
 
@@ -89,8 +93,7 @@ def decompressed(body: bytes, encoding: bytes, limit: int) -> bytes:
     except zlib.error as error:
         raise RequestError(400, f"the body is not {name.decode()}: {error}", code="invalid_encoding") from None
     if len(plain) > limit:
-        message = f"the body is larger than {limit >> 20} MiB (router.max_body_mib)"
-        raise RequestError(413, message, code="request_too_large")
+        raise too_large(limit)
     if not unpacker.eof or unpacker.unused_data:
         raise RequestError(400, f"the body is not whole {name.decode()}", code="invalid_encoding")
     return plain

@@ -4,12 +4,12 @@ what requests met (the breaker).
 
 import asyncio
 import json
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vllm_unified import state
+from vllm_unified.router.regularly import regularly
 from vllm_unified.router.replica import IDLE_SECONDS, Replica
 from vllm_unified.router.upstream import fetch
 from vllm_unified.state import EngineState, Phase
@@ -24,32 +24,19 @@ NOT_READY = {
 }
 Replicas = Callable[[], Iterable[Replica]]
 
-log = logging.getLogger(__name__)
-
 
 async def watch(replicas: Replicas, run: Path, interval: Callable[[], float]) -> None:
     """For ever. `replicas` and `interval` (seconds) are asked each time: a reload may change them."""
 
-    async def look_at_all() -> None:
-        await look(replicas(), run)
-
-    async def hear_all() -> None:
+    def hear_all() -> None:
         before = time.monotonic() - IDLE_SECONDS
         for replica in replicas():
             replica.close_idle(before)
             if replica.local:
                 hear_keeper(replica, run)
 
-    await asyncio.gather(_for_ever(look_at_all, interval), _for_ever(hear_all, lambda: STATE_SECONDS))
-
-
-async def _for_ever(work: Callable[[], Awaitable[None]], interval: Callable[[], float]) -> None:
-    while True:
-        try:
-            await work()
-        except Exception:  # an end of the watch would freeze what is known of every engine
-            log.exception("looking at the engines failed")
-        await asyncio.sleep(interval())
+    looking = regularly(lambda: look(replicas(), run), interval)
+    await asyncio.gather(looking, regularly(hear_all, lambda: STATE_SECONDS))
 
 
 def hear_keeper(replica: Replica, run: Path) -> None:

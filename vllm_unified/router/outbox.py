@@ -34,6 +34,10 @@ class Sender:
         self._transport: asyncio.Transport | None = None
         self._unsent: list[bytes] = []
 
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
     def write(self, data: bytes) -> None:
         if not self._unsent:
             self._outbox.add(self)

@@ -83,5 +83,11 @@ def failure() -> RequestError:
     return RequestError(500, "the router failed; its log says why", code="internal_error")
 
 
+def too_large(limit: int) -> RequestError:
+    """`limit`: bytes."""
+    message = f"the body is larger than {limit >> 20} MiB (router.max_body_mib)"
+    return RequestError(413, message, code="request_too_large")
+
+
 def not_ready(message: str, retry_after: int) -> RequestError:
     return RequestError(503, message, code="model_not_ready", headers={"retry-after": str(retry_after)})

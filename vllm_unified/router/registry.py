@@ -23,21 +23,21 @@ class Served:
     """A model as the router serves it: its settings, its replicas, its gate."""
 
     def __init__(self, model: Model, replicas: Sequence[Replica]) -> None:
-        self.model = model
-        self.handles = (model.key, *model.names)  # what a key's list of models may call it
-        self.deepseek_ocr = is_deepseek_ocr(model)
         self.prompts: frozenset[str] | None = None  # of an embedding model that is served here
-        self.replicas = tuple(replicas)
         self.gate = Gate(model.max_concurrent, model.max_queue, model.queue_timeout)
         self.drained = False  # an operator's word: nothing more is let in
         self.waiting = 0  # requests that wait for it to be ready
         self._turn = 0
+        self._take(model, replicas)
 
-    def change(self, model: Model, replicas: Sequence[Replica]) -> None:
+    def _take(self, model: Model, replicas: Sequence[Replica]) -> None:
         self.model = model
-        self.handles = (model.key, *model.names)
+        self.handles = (model.key, *model.names)  # what a key's list of models may call it
         self.deepseek_ocr = is_deepseek_ocr(model)
         self.replicas = tuple(replicas)
+
+    def change(self, model: Model, replicas: Sequence[Replica]) -> None:
+        self._take(model, replicas)
         self.gate.change(model.max_concurrent, model.max_queue, model.queue_timeout)
 
     @property
@@ -77,15 +77,15 @@ class Served:
         replicas = self.replicas
         if len(replicas) == 1:
             only = replicas[0]
-            return only if only.closed is None and only.breaker.passes(now) else None
-        open_ones = [each for each in replicas if each.closed is None and each.breaker.passes(now)]
+            return only if only.takes(now) else None
+        open_ones = [each for each in replicas if each.takes(now)]
         fresh = [each for each in open_ones if each not in tried] or open_ones
         best = [each for each in fresh if each.error is None] or fresh
         return self._balanced(best, session) if best else None
 
     def has_untried(self, now: float, tried: Collection[Replica]) -> bool:
         """Whether `pick` would give one that is not among `tried`."""
-        return any(each not in tried and each.closed is None and each.breaker.passes(now) for each in self.replicas)
+        return any(each not in tried and each.takes(now) for each in self.replicas)
 
     def _balanced(self, replicas: list[Replica], session: bytes | None) -> Replica:
         balancing = self.model.balancing
@@ -132,10 +132,6 @@ class Registry:
         self._by_name = {name: each for each in served for name in each.model.names}
         for gone in before_all.difference(each for one in served for each in one.replicas):
             gone.retire()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._by_name)
 
     def by_name(self, name: str) -> Served | None:
         return self._by_name.get(name)

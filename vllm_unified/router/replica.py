@@ -119,6 +119,10 @@ class Replica:
     def ready(self) -> bool:
         return self.problem is None
 
+    def takes(self, now: float) -> bool:
+        """Whether a request may be sent to it."""
+        return self.closed is None and self.breaker.passes(now)
+
     def opens_at(self, now: float) -> float | None:
         """When requests are likely to be let through again; None where nobody knows."""
         if self.closed is None and not self.breaker.passes(now):

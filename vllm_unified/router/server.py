@@ -19,7 +19,8 @@ import httptools
 
 from vllm_unified.router.keys import Key
 from vllm_unified.router.outbox import Outbox, Sender
-from vllm_unified.router.problems import RequestError, failure
+from vllm_unified.router.problems import RequestError, failure, too_large
+from vllm_unified.router.regularly import regularly
 
 HEAD_SECONDS = 30.0
 BODY_SECONDS = 60.0
@@ -37,6 +38,7 @@ LONGEST_PIPELINE = 256 * 1024
 # A refused request with no more than this to come is read to its end, and its connection used again.
 SMALL_BODY = 256 * 1024
 BACKLOG = 1024
+TICK_SECONDS = 1.0
 
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 Headers = list[tuple[bytes, bytes]]
@@ -62,6 +64,7 @@ class Request:
         self.came_at = 0  # bytes that had come on its connection when it was whole
         self.key: Key | None = None
         self.refusal: RequestError | None = None
+        self.length = int(self.fields.get(b"content-length", b"0"))  # of the body, 0 where it is not said
         self.started = time.monotonic()
 
 
@@ -135,7 +138,7 @@ class ClientConnection(Sender, asyncio.Protocol):
 
     @property
     def is_gone(self) -> bool:
-        return self._transport is None or self._transport.is_closing()
+        return not self.is_open
 
     def head(
         self, status: int, headers: Iterable[tuple[bytes, bytes]], without: Container[bytes] = (), more: bytes = b""
@@ -255,7 +258,7 @@ class ClientConnection(Sender, asyncio.Protocol):
         """The rest of a large body of a known length needs no parser, and is not copied by one."""
         reading = self._reading
         if reading is not None and not self._lingering and not self._unparsed:
-            left = int(reading.fields.get(b"content-length", b"0")) - self._body_size
+            left = reading.length - self._body_size
             if left > SMALL_BODY and not self._in_head:
                 self._unparsed = left
 
@@ -325,9 +328,8 @@ class ClientConnection(Sender, asyncio.Protocol):
         self._body = []
         self._body_size = 0
         self._discarding = False
-        to_come = int(request.fields.get(b"content-length", b"0"))
         try:
-            self._check(request, to_come)
+            self._check(request)
             self._server.handler.admit(request)
         except RequestError as refusal:
             request.refusal = refusal
@@ -337,7 +339,7 @@ class ClientConnection(Sender, asyncio.Protocol):
 
     def _await_body(self, request: Request) -> None:
         """Ask for it, give it its time, or say at once that the request is refused."""
-        to_come = int(request.fields.get(b"content-length", b"0"))
+        to_come = request.length
         chunked = b"transfer-encoding" in request.fields
         waits = request.fields.get(b"expect", b"").lower() == b"100-continue" and request.version != "1.0"
         if request.refusal is not None and (chunked or to_come > SMALL_BODY or waits):
@@ -348,7 +350,7 @@ class ClientConnection(Sender, asyncio.Protocol):
             if waits:
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _check(self, request: Request, to_come: int) -> None:
+    def _check(self, request: Request) -> None:
         if len(self._target) > LONGEST_TARGET:
             raise RequestError(414, f"the path is longer than {LONGEST_TARGET >> 10} KiB", code="uri_too_long")
         if self._received - self._head_after > LONGEST_HEAD:  # or else it cannot be so large
@@ -357,8 +359,8 @@ class ClientConnection(Sender, asyncio.Protocol):
                 raise _head_too_large()
         if request.version != "1.1" and request.version != "1.0":
             raise RequestError(505, "speak HTTP/1.1", code="http_version_not_supported")
-        if to_come > self._server.handler.max_body_bytes:
-            raise self._body_too_large()
+        if request.length > self._server.handler.max_body_bytes:
+            raise too_large(self._server.handler.max_body_bytes)
 
     def on_chunk_header(self) -> None:
         self._in_trailers = True  # unless a body follows
@@ -374,7 +376,7 @@ class ClientConnection(Sender, asyncio.Protocol):
             self._body.clear()
             self._discarding = True
             if self._reading is not None:
-                self._reading.refusal = self._body_too_large()
+                self._reading.refusal = too_large(self._server.handler.max_body_bytes)
                 if self._request is None:
                     self._refuse(self._reading.refusal)
             return
@@ -459,10 +461,6 @@ class ClientConnection(Sender, asyncio.Protocol):
         if self._transport is not None and self._transport.can_write_eof():
             self._transport.write_eof()
 
-    def _body_too_large(self) -> RequestError:
-        limit = self._server.handler.max_body_bytes >> 20
-        return RequestError(413, f"the body is larger than {limit} MiB (router.max_body_mib)", code="request_too_large")
-
 
 def _head_too_large() -> RequestError:
     return RequestError(431, f"the headers are larger than {LONGEST_HEAD >> 10} KiB", code="headers_too_large")
@@ -497,9 +495,8 @@ class Server:
         except OSError:
             listening.close()
             raise
-        self._tick(time.monotonic())
         self._listening = await loop.create_server(lambda: ClientConnection(self), sock=listening, backlog=BACKLOG)
-        self._ticking = loop.create_task(self._tick_for_ever())
+        self._ticking = loop.create_task(regularly(lambda: self._tick(time.monotonic()), lambda: TICK_SECONDS))
 
     async def close(self, seconds: float) -> None:
         """Take no new connection, and let what is being answered end within `seconds`."""
@@ -530,11 +527,6 @@ class Server:
         self.connections.discard(connection)
         if self.is_closing and not self.connections:
             self._empty.set()
-
-    async def _tick_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            self._tick(time.monotonic())
 
     def _tick(self, now: float) -> None:
         self.openings.clear()

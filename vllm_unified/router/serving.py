@@ -8,13 +8,13 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_unified.errors import UserError
-from vllm_unified.router import health
+from vllm_unified.router import health, usage
 from vllm_unified.router.access_log import AccessLog
 from vllm_unified.router.asgi import AsgiWork
 from vllm_unified.router.docs import DOCS_PATHS
@@ -24,6 +24,7 @@ from vllm_unified.router.metrics import Metrics
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.record import Record
 from vllm_unified.router.registry import Registry
+from vllm_unified.router.regularly import regularly
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import BY_PATH
 from vllm_unified.router.server import ClientConnection, Request, Server, Work
@@ -33,6 +34,7 @@ from vllm_unified.settings import Settings
 HEALTH_PATHS = frozenset({"/live", "/ready", "/health"})
 # The documentation is read by browsers, which have no key; it shows nothing of this deployment but model names.
 OPEN_PATHS = frozenset(path.encode("ascii") for path in HEALTH_PATHS | DOCS_PATHS)
+TICK_SECONDS = 1.0
 SETTLE_SECONDS = 0.2
 FLUSH_SECONDS = 0.5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -48,7 +50,7 @@ class Router:
         """Raises UserError when there is no API key."""
         self.settings = settings
         self.registry = Registry(settings)
-        self.usage = Usage(settings.home / "data" / "usage.db")
+        self.usage = Usage(settings.home / usage.FILE)
         self.keys = KeyRing(settings.require_api_key(), settings.home, self.usage)
         self.max_body_bytes = settings.router.max_body_mib << 20
         self.forwarding = Forwarding(self.registry, settings.run, settings.router.retries, self.max_body_bytes)
@@ -149,9 +151,9 @@ class Router:
                 health.watch(self.replicas, self.settings.run, lambda: self.settings.router.health_check_interval),
                 self.keys.watch(),
                 self.usage.run(),
-                _each(1.0, lambda: self.forwarding.tick(time.monotonic())),
-                _each(SETTLE_SECONDS, self.forwarding.settle),
-                _each(FLUSH_SECONDS, self.access_log.flush),
+                regularly(lambda: self.forwarding.tick(time.monotonic()), lambda: TICK_SECONDS),
+                regularly(self.forwarding.settle, lambda: SETTLE_SECONDS),
+                regularly(self.access_log.flush, lambda: FLUSH_SECONDS),
             )
         ]
         try:
@@ -213,12 +215,3 @@ def _token(request: Request) -> bytes | None:
 
 def _is_preflight(request: Request) -> bool:
     return request.method == "OPTIONS" and b"access-control-request-method" in request.fields
-
-
-async def _each(seconds: float, work: Callable[[], None]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            work()
-        except Exception:
-            log.exception("a regular look at the requests failed")

@@ -35,7 +35,7 @@ class Answer:
 
     def body(self) -> bytes:
         """Raises ValueError, LookupError, TypeError, AttributeError or RecursionError for an answer that is none."""
-        return _dumped(self.told(json.loads(b"".join(self._parts))))
+        return bodies.dumped(self.told(json.loads(b"".join(self._parts))))
 
     def told(self, document: Any) -> Any:
         raise NotImplementedError
@@ -99,7 +99,7 @@ def _rerank(body: bytes) -> tuple[bytes, Answer | None]:
         return _from_tei(bodies.document_in(body))
     answer = _WithoutDocuments() if bytes(fields.return_documents) == b"false" else None
     if b"null" in body or b"{" in documents or query.startswith(b"{"):
-        body = _dumped(_from_jina_or_cohere(bodies.document_in(body)))
+        body = bodies.dumped(_from_jina_or_cohere(bodies.document_in(body)))
     return body, answer
 
 
@@ -117,7 +117,7 @@ def _from_tei(document: dict[str, Any]) -> tuple[bytes, Answer]:
     if truncate is True:
         document["truncate_prompt_tokens"] = -1
         document["truncation_side"] = "left" if str(side).lower() == "left" else "right"
-    return _dumped(document), answer
+    return bodies.dumped(document), answer
 
 
 def _from_jina_or_cohere(document: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _with_input_type_of(prompts: Collection[str], body: bytes) -> bytes:
     given = document.pop("input_type", None)
     names = (given, *INPUT_TYPES.get(given, ())) if isinstance(given, str) else ()
     known = next((name for name in names if name in prompts), None)
-    return _dumped({**document, "input_type": known} if known else document)
+    return bodies.dumped({**document, "input_type": known} if known else document)
 
 
 def is_deepseek_ocr(model: Model) -> bool:
@@ -186,12 +186,8 @@ def with_defaults(body: bytes) -> bytes:
     said = _said(bodies.document_in(body))
     given = said.get("vllm_xargs", {})
     xargs = {**DEEPSEEK_OCR_XARGS, **given} if isinstance(given, dict) else given
-    return _dumped({**DEEPSEEK_OCR, **said, "vllm_xargs": xargs})
+    return bodies.dumped({**DEEPSEEK_OCR, **said, "vllm_xargs": xargs})
 
 
 def _said(document: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in document.items() if value is not None}
-
-
-def _dumped(document: Any) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")

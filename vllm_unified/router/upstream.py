@@ -53,10 +53,6 @@ class UpstreamConnection(Sender, asyncio.Protocol):
         self.write(head)
         self.write(body)
 
-    @property
-    def is_open(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
-
     def close(self) -> None:
         """End it at once; the server notices, and drops what it was doing."""
         self._receiver = None
@@ -94,9 +90,6 @@ class UpstreamConnection(Sender, asyncio.Protocol):
             self._lose(f"headers of more than {LONGEST_HEAD >> 10} KiB", rubbish=True)
         if self._ended and self._receiver is receiver:
             self._end(receiver)
-
-    def eof_received(self) -> None:
-        return None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

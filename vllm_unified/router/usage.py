@@ -55,6 +55,8 @@ WHERE day BETWEEN :since AND :until AND (:key IS NULL OR key = :key) AND (:model
 Place = tuple[str, str, str]  # day, key, model
 Found = TypeVar("Found")
 
+FILE = "data/usage.db"  # in the project's folder
+
 log = logging.getLogger(__name__)
 
 
