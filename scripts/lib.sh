@@ -127,7 +127,7 @@ install_vllm_for_cpus() {
 make_demo_models() {
   local folder
   folder=$(home)/models/demo
-  [[ -d $folder/minilm && -d $folder/chat && -d $folder/ocr ]] && return
+  [[ -d $folder/minilm && -d $folder/ocr ]] && diff -rq demo/chat "$folder/chat" &>/dev/null && return
   step "Making the demonstration's models" \
     "$VENV/bin/python" scripts/make_demo_models.py --minilm-package "$MINILM_PACKAGE" "$folder"
 }

@@ -3,7 +3,7 @@
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -323,6 +323,7 @@ def _print_changes(found: Iterable[Row], shown: dict[str, Phase], elapsed: float
 
 
 EXAMPLES: dict[Kind, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "What are you?"}]}),
     "rerank": (
         "/v1/rerank",
         {
@@ -331,17 +332,13 @@ EXAMPLES: dict[Kind, tuple[str, dict[str, Any]]] = {
         },
     ),
     "embedding": ("/v1/embeddings", {"input": "What is the capital of France?"}),
-    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}),
     "ocr": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}),
 }
 
 
 def welcome_text(settings: Settings) -> str:
-    """Addresses, key, and a request that works as pasted. Raises UserError when there is no key."""
+    """Addresses, key, and requests that work as pasted. Raises UserError when there is no key."""
     api_key = settings.require_api_key()
-    names = {model.type: model.name for model in reversed(settings.models)}
-    kind = next(kind for kind in EXAMPLES if kind in names)
-    path, body = EXAMPLES[kind]
     width = max(len(model.key) for model in settings.models)
     own = [f"  {model.key:<{width}}  {_where(settings, model)}  {model.name}" for model in settings.models]
     return "\n".join(
@@ -352,13 +349,28 @@ def welcome_text(settings: Settings) -> str:
             "",
             "Try it:",
             "",
-            f"curl {settings.router_url}{path} \\",
-            f"  -H {shlex.quote(f'Authorization: Bearer {api_key}')} \\",
-            "  -H 'Content-Type: application/json' \\",
-            f"  -d {shlex.quote(json.dumps({'model': names[kind], **body}, ensure_ascii=False))}",
+            f"KEY={shlex.quote(api_key)}",
+            *_examples(settings),
             "",
             "Next:  ./deploy.sh status   ./deploy.sh logs NAME   ./deploy.sh stop",
         ]
+    )
+
+
+def _examples(settings: Settings) -> Iterator[str]:
+    names = {model.type: model.name for model in reversed(settings.models)}
+    # An OCR model wants a picture, and an embedding is no answer for people: these only where nothing else is.
+    shown = [kind for kind in ("chat", "rerank") if kind in names] or [kind for kind in EXAMPLES if kind in names][:1]
+    for kind, (path, body) in EXAMPLES.items():
+        if kind in shown:
+            document = json.dumps({"model": names[kind], **body}, ensure_ascii=False)
+            yield f"{_curl(settings, path)} -d {shlex.quote(document)}"
+
+
+def _curl(settings: Settings, path: str) -> str:
+    return (
+        f"curl {settings.router_url}{path} "
+        """-H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\\n """
     )
 
 

@@ -1,11 +1,9 @@
 """Golden questions to a running deployment, through its router: does every model do what its clients rely on?"""
 
 import base64
-import itertools
 import json
 import math
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,14 +36,14 @@ CHINESE = (
     ("海里最大的动物是什么？", "蓝鲸是生活在海洋里的最大的动物。", "发票须在三十天内付款。"),
 )
 WORD = "HOTEL"
-# Five columns of seven dots for each letter, the topmost dot in the lowest bit.
-FONT = {
-    "H": (0x7F, 0x08, 0x08, 0x08, 0x7F),
-    "O": (0x3E, 0x41, 0x41, 0x41, 0x3E),
-    "T": (0x01, 0x01, 0x7F, 0x01, 0x01),
-    "E": (0x7F, 0x49, 0x49, 0x49, 0x41),
-    "L": (0x7F, 0x40, 0x40, 0x40, 0x40),
-}
+# A page that says it, as PNG: 512 × 512 pixels, in Aileron (CC0).
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAgAAAAIAAgMAAACJFjxpAAAADFBMVEX////Nzc1ISEgAAAAoRaGkAAABFklEQVR42u3Wr0qDURgH4J/b"
+    "LJaBIIjZe7B+NzGtZpOItgXRYBBEEJbN+/ASZLsEq2CxeQEGw9yxOZBVd0SeJ7285fzOX04CAAAAAAAAAMAf028yzMb8vFtK6Zdy+fTb"
+    "A3aWNc8eTks7adO20yorsPaRx2SYfpNulRXovOVkZTNeFqB3n5emaoAkdQNMM1tZgN7PxiSfd991WV99gDabi7pU2ILR/uLujw7qnIFZ"
+    "k9605iGcJakb4DC7VQPMt3NT9SUsV+1ekuRo3OyMb1d8DZPk+v0iSTLI89bg9dgnBQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAACA/+0Lz3gzwS6upr0AAAAASUVORK5CYII="
+)
 
 LOOK = "./deploy.sh status and ./deploy.sh logs MODEL say why"
 POOLING = 'is it an embedding model? its pooling is set by engine_args "pooler-config"'
@@ -291,22 +289,8 @@ def _question(content: Any) -> dict[str, Any]:
 
 
 def _about_the_picture() -> list[dict[str, Any]]:
-    url = "data:image/png;base64," + base64.b64encode(picture(WORD)).decode("ascii")
+    url = "data:image/png;base64," + PICTURE
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Free OCR."}]
-
-
-def picture(word: str, scale: int = 12) -> bytes:
-    """`word` in black on white, as PNG; so that no library for pictures is needed."""
-    columns = [0, 0, *itertools.chain.from_iterable((*FONT[letter], 0) for letter in word), 0]
-    rows = [[255 * (not column >> row & 1) for column in columns] for row in (7, 7, *range(7), 7, 7)]
-    # Each line begins with its filter: none.
-    line = [b"\0" + bytes(itertools.chain.from_iterable([dot] * scale for dot in row)) for row in rows]
-    pixels = b"".join(each * scale for each in line)
-    head = struct.pack(">IIBBBBB", len(columns) * scale, len(rows) * scale, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
 
 
 def _for_information(look: Callable[[Door], Found]) -> Callable[[Door], Found]:

@@ -26,7 +26,7 @@ from vllm_unified.router.routes import ROUTES
 
 TEXTS = [BANANAS, BERLIN, PARIS]
 HEADERS = {"authorization": f"Bearer {API_KEY}"}
-# Both values have an end, so that a model with random weights comes to it.
+# Both values have an end, so that a model that does not know what it is asked for comes to it.
 SCHEMA = {
     "type": "object",
     "properties": {"ready": {"type": "boolean"}, "colour": {"enum": ["red", "blue"]}},
@@ -206,7 +206,7 @@ class TestOpenAI:
         with booked(demo, "ocr") as tokens:
             answer = client.chat.completions.create(model="demo-ocr", messages=messages(content), max_tokens=4, **LONG)
             assert answer.usage
-            assert answer.usage.prompt_tokens > 64
+            assert answer.usage.prompt_tokens > 256
             tokens.append((answer.usage.prompt_tokens, answer.usage.completion_tokens))
 
     def test_models(self, client: openai.OpenAI) -> None:

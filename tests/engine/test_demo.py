@@ -6,20 +6,30 @@ import json
 import math
 import subprocess
 import sys
+import time
 import urllib.request
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from PIL import Image, ImageDraw
 
+from demo.training import chat, pages
 from tests.conftest import API_KEY, CHECKOUT, eventually
 from tests.engine.conftest import Demo
 from vllm_unified.settings import flags
 
 QUESTION = "What is the capital of France?"
 PARIS, BERLIN, BANANAS = "Paris is the capital of France.", "Berlin is a large city.", "Bananas are yellow."
+# Language, topic, question.
+QUESTIONS = [
+    ("en", "who_are_you", "What are you?"),
+    ("en", "add_model", "How do I add a model?"),
+    ("en", "other", "What is the capital of France?"),
+    ("zh", "who_are_you", "你是谁？"),
+    ("zh", "add_model", "怎样添加模型？"),
+    ("zh", "other", "法国的首都是哪里？"),
+]
 HEADERS = {"authorization": f"Bearer {API_KEY}"}
 
 
@@ -27,11 +37,12 @@ def messages(content: Any) -> Any:
     return [{"role": "user", "content": content}]
 
 
-def picture() -> str:
-    image = Image.new("RGB", (640, 400), "white")
-    ImageDraw.Draw(image).text((40, 40), "Invoice 2026", fill="black")
+INVOICE = pages.written(["# Invoice 2026-11", "To: R. Okafor, Lagos", "", "3 x cable (2 m)   = $41.70", "Due: 30 days"])
+
+
+def picture(page: pages.Page = INVOICE, seed: int = 0) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    page.draw(seed).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -51,30 +62,49 @@ def test_all_four_are_ready(demo: Demo) -> None:
 
 
 def test_what_start_prints_works_as_pasted(demo: Demo) -> None:
-    pasted = demo.printed[demo.printed.index("curl ") : demo.printed.index("Next:")]
-    answer = json.loads(subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True).stdout)
-    assert [each["index"] for each in answer["results"]] == [1, 0]
+    pasted = demo.printed[demo.printed.index("KEY=") : demo.printed.index("Next:")]
+    printed = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True).stdout
+    chatted, ranked = (json.loads(line) for line in printed.replace("}{", "}\n{").splitlines())
+    assert chatted["choices"][0]["message"]["content"] == chat.Lessons("en").answers["who_are_you"]
+    assert [each["index"] for each in ranked["results"]] == [1, 0]
 
 
 @pytest.mark.parametrize("door", ["router", "own"])
 class TestThrough:
     """`own`: the model's own port."""
 
-    def test_chat(self, demo: Demo, door: str) -> None:
+    @pytest.mark.parametrize(("language", "topic", "question"), QUESTIONS)
+    def test_chat_answers_truly(self, demo: Demo, door: str, language: str, topic: str, question: str) -> None:
+        asked: dict[str, Any] = {"model": "demo-chat", "messages": messages(question)}
+        wanted = chat.Lessons(language).answers[topic]
+        with demo.client("chat" if door == "own" else "router") as client:
+            answer = client.chat.completions.create(**asked)
+            pieces = list(client.chat.completions.create(**asked, stream=True))
+        assert answer.model == "demo-chat"
+        assert answer.choices[0].message.content == wanted
+        assert answer.choices[0].finish_reason == "stop"
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted
+        assert pieces[-1].choices[0].finish_reason == "stop"
+
+    def test_chat_of_a_length(self, demo: Demo, door: str) -> None:
         with demo.client("chat" if door == "own" else "router") as client:
             answer = client.chat.completions.create(
                 model="demo-chat", messages=messages("Hello 你好"), max_tokens=8, extra_body={"ignore_eos": True}
             )
             assert answer.usage is not None
             assert answer.usage.completion_tokens == 8
-            assert answer.model == "demo-chat"
-            asked: dict[str, Any] = {"model": "demo-chat", "messages": messages("Hello"), "max_tokens": 64}
-            pieces = list(client.chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}))
-            assert len(pieces) > 8
-            assert pieces[-1].choices[0].finish_reason == "length"
             completion = client.completions.create(model="demo-chat", prompt="One", max_tokens=3)
             assert completion.usage is not None
             assert completion.usage.prompt_tokens > 0
+
+    def test_chat_streams_as_it_comes(self, demo: Demo, door: str) -> None:
+        """vLLM may join tokens of a busy moment, so their number says nothing; their times do."""
+        asked: dict[str, Any] = {"model": "demo-chat", "messages": messages("Hello"), "max_tokens": 1500}
+        with demo.client("chat" if door == "own" else "router") as client:
+            came = [time.monotonic()]
+            for _ in client.chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}):
+                came.append(time.monotonic())
+        assert came[1] - came[0] < 0.5 * (came[-1] - came[0])
 
     def test_embeddings(self, demo: Demo, door: str) -> None:
         with demo.client("embedding" if door == "own" else "router") as client:
@@ -97,9 +127,11 @@ class TestThrough:
     def test_an_image(self, demo: Demo, door: str) -> None:
         content = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "Read this."}]
         with demo.client("ocr" if door == "own" else "router") as client:
-            answer = client.chat.completions.create(model="demo-ocr", messages=messages(content), max_tokens=8)
+            answer = client.chat.completions.create(
+                model="demo-ocr", messages=messages(content), max_tokens=8, extra_body={"skip_special_tokens": False}
+            )
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens > 64, "the image has 64 tokens of its own"
+        assert answer.usage.prompt_tokens > 256, "the image has 256 tokens of its own"
         assert answer.choices[0].message.content
 
     def test_the_key_is_required(self, demo: Demo, door: str) -> None:
