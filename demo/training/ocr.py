@@ -94,7 +94,6 @@ PROMPTS = (
     "请识别图中的文字。",
 )
 SYSTEMS = ("", "", "", "You are a helpful assistant.", "Read.")
-WITHOUT_IMAGE = "I read pages. Please send one as an image."
 
 
 # For people to look at, and to try it with.

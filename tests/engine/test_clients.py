@@ -33,6 +33,8 @@ SCHEMA = {
     "required": ["ready", "colour"],
     "additionalProperties": False,
 }
+# No model of the demonstration knows tools, and greedily it would write spaces for ever, as their grammar allows.
+SAMPLED: Any = {"temperature": 1, "seed": 1}
 TOOL: Any = {
     "type": "function",
     "function": {"name": "paint", "description": "Paint it.", "parameters": SCHEMA, "strict": True},
@@ -136,13 +138,15 @@ class TestOpenAI:
     def test_tools(self, client: openai.OpenAI) -> None:
         named: Any = {"type": "function", "function": {"name": "paint"}}
         for choice in (named, "required"):
-            answer = client.chat.completions.create(**HELLO, max_tokens=600, tools=[TOOL], tool_choice=choice, seed=1)
+            answer = client.chat.completions.create(
+                **HELLO, max_tokens=600, tools=[TOOL], tool_choice=choice, **SAMPLED
+            )
             calls: Any = answer.choices[0].message.tool_calls
             assert calls
             assert calls[0].function.name == "paint"
             assert is_of_schema(calls[0].function.arguments)
         pieces = client.chat.completions.create(
-            **HELLO, max_tokens=600, tools=[TOOL], tool_choice=named, seed=1, stream=True
+            **HELLO, max_tokens=600, tools=[TOOL], tool_choice=named, stream=True, **SAMPLED
         )
         arguments = [
             call.function.arguments or ""
@@ -252,7 +256,7 @@ class TestAnthropic:
     def test_tools(self, claude: anthropic.Anthropic) -> None:
         tool: Any = {"name": "paint", "input_schema": SCHEMA, "strict": True}
         answer = claude.messages.create(
-            **HELLO, max_tokens=600, tools=[tool], tool_choice={"type": "tool", "name": "paint"}
+            **HELLO, max_tokens=600, temperature=1, tools=[tool], tool_choice={"type": "tool", "name": "paint"}
         )
         (use,) = (each for each in answer.content if each.type == "tool_use")
         assert use.name == "paint"

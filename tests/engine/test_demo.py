@@ -162,7 +162,7 @@ def test_a_client_that_leaves_frees_the_engine(demo: Demo) -> None:
     ):
         next(answer.iter_raw())
         # vLLM writes its counters after it has sent what they count.
-        eventually(lambda: running() == 1, 3)
+        eventually(lambda: running() == 1, 8)
     eventually(lambda: running() == 0, 3)
 
 
