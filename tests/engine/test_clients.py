@@ -256,7 +256,11 @@ class TestAnthropic:
     def test_tools(self, claude: anthropic.Anthropic) -> None:
         tool: Any = {"name": "paint", "input_schema": SCHEMA, "strict": True}
         answer = claude.messages.create(
-            **HELLO, max_tokens=600, temperature=1, tools=[tool], tool_choice={"type": "tool", "name": "paint"}
+            **HELLO,
+            max_tokens=600,
+            tools=[tool],
+            tool_choice={"type": "tool", "name": "paint"},
+            extra_body=SAMPLED,
         )
         (use,) = (each for each in answer.content if each.type == "tool_use")
         assert use.name == "paint"
