@@ -107,9 +107,9 @@ def test_start_use_and_stop(deployed: Deployed) -> None:
     key = (deployed.project.home / ".env").read_text().strip().removeprefix("VLLM_API_KEY=")
     assert (deployed.project.home / ".env").stat().st_mode & 0o777 == 0o600
 
-    pasted = started.stdout[started.stdout.index("curl ") : started.stdout.index("Next:")]
+    pasted = started.stdout[started.stdout.index("KEY=") : started.stdout.index("Next:")]
     answer = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True).stdout
-    assert json.loads(answer)["model"] == "the-embedding"
+    assert json.loads(answer)["model"] == "the-chat"
     headers = {"authorization": f"Bearer {key}"}
     for port in deployed.ports.values():
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
