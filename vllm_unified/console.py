@@ -361,17 +361,12 @@ def _examples(settings: Settings) -> Iterator[str]:
     names = {model.type: model.name for model in reversed(settings.models)}
     # An OCR model wants a picture, and an embedding is no answer for people: these only where nothing else is.
     shown = [kind for kind in ("chat", "rerank") if kind in names] or [kind for kind in EXAMPLES if kind in names][:1]
-    for kind, (path, body) in EXAMPLES.items():
-        if kind in shown:
-            document = json.dumps({"model": names[kind], **body}, ensure_ascii=False)
-            yield f"{_curl(settings, path)} -d {shlex.quote(document)}"
-
-
-def _curl(settings: Settings, path: str) -> str:
-    return (
-        f"curl {settings.router_url}{path} "
-        """-H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\\n """
-    )
+    for kind in shown:
+        path, body = EXAMPLES[kind]
+        document = json.dumps({"model": names[kind], **body}, ensure_ascii=False)
+        headers = """-H "Authorization: Bearer $KEY" -H 'Content-Type: application/json'"""
+        yield f"curl {settings.router_url}{path} {headers} \\"
+        yield f"  -d {shlex.quote(document)}"
 
 
 def keys_table(

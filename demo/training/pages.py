@@ -191,16 +191,7 @@ def _nonsense(dice: random.Random, length: int) -> str:
     words: list[str] = []
     while (left := length - len(" ".join(words)) - bool(words)) > 0:
         letters = min(left, dice.randint(1, 9))
-        alphabet = dice.choices(
-            (
-                string.ascii_lowercase,
-                string.ascii_uppercase,
-                string.digits,
-                string.ascii_letters + string.digits,
-                LETTERS,
-            ),
-            (30, 10, 12, 18, 30),
-        )[0]
+        (alphabet,) = dice.choices(ALPHABETS, (30, 10, 12, 18, 30))
         word = "".join(dice.choices(alphabet, k=letters))
         if alphabet is string.ascii_lowercase and dice.random() < 0.2:
             word = word.capitalize()
