@@ -245,6 +245,16 @@ def router(project: Project) -> None:
 
 
 @cli.command()
+@click.pass_obj
+def documents(project: Project) -> None:
+    """Serve the documents' API behind the router, until SIGTERM. supervisord runs this."""
+    from vllm_unified.documents.app import serve
+
+    _end_with_supervisord()
+    serve(project.settings())
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
 @click.option("--watch", "watched", is_flag=True, help="Show it anew every second, until Ctrl-C.")
 @click.pass_obj

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vllm_unified.settings.environment import Environment, variable_of
+from vllm_unified.settings.environment import FIELD_VARIABLES, SECRET_VARIABLES, Environment, variable_of
 from vllm_unified.settings.load import Settings
 from vllm_unified.settings.schema import ENGINE_FIELDS, Endpoint, Model, ModelEntry, RouterSettings
 
@@ -28,7 +28,7 @@ LIVE_ROUTER_FIELDS = frozenset({"health_check_interval", "max_body_mib", "retrie
 RESTART_ROUTER_FIELDS = frozenset({"port", "startup_timeout"})
 RESTART_ALL = "./deploy.sh restart"
 # They may hold keys and tokens: only that they differ is said.
-UNSHOWN = ("api_key", "env", variable_of("api_key"), variable_of("hf_token"))
+UNSHOWN = ("api_key", "env", *SECRET_VARIABLES)
 LONGEST_SHOWN = 60
 
 
@@ -133,6 +133,7 @@ def _of_all(old: Settings, new: Settings) -> Iterator[str]:
     """What the router's own process, or every keeper, was started with."""
     yield from _differences("router.", *(_fixed(each.router) for each in (old, new)))
     yield from _differences("system.", dict(old.system), dict(new.system))
+    yield from _differences("documents.", dict(old.documents), dict(new.documents))
     yield from _differences("", *(_variables(each.environment) for each in (old, new)))
     yield from _differences("config/vllm_config.yaml: ", old.engine_args, new.engine_args)
     was, now = old.engine_env, new.engine_env
@@ -145,8 +146,8 @@ def _fixed(router: RouterSettings) -> dict[str, Any]:
 
 
 def _variables(environment: Environment) -> dict[str, Any]:
-    """Without the router's port, which stands in `router.port` too."""
-    return {variable_of(name): value for name, value in environment if name != "router_port"}
+    """Without those that stand in fields of models.json too, as the router's port does."""
+    return {variable_of(name): value for name, value in environment if name not in FIELD_VARIABLES}
 
 
 def _differences(place: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

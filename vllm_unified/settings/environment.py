@@ -52,7 +52,27 @@ class Environment(BaseModel):
         description="command that serves a model in place of the vLLM beside us, as /opt/vllm/bin/vllm serve",
     )
 
-    @field_validator("api_key")
+    # Of the document service, under the names that its forerunners had.
+    internal_api_token: str | None = Field(
+        default=None, alias="INTERNAL_API_TOKEN", description="what /internal/infer wants; closed without it", repr=False
+    )
+    max_upload_mib: int | None = Field(
+        default=None, alias="MAX_UPLOAD_SIZE_MB", ge=1, le=65536, description="wins over documents.max_upload_mib"
+    )
+    pages_in_flight: int | None = Field(
+        default=None, alias="PDF_MAX_CONCURRENCY", ge=1, le=1024, description="wins over documents.pages_in_flight"
+    )
+    dpi: int | None = Field(
+        default=None, alias="PDF_WORKER_DPI", ge=36, le=600, description="wins over documents.dpi"
+    )
+    retries: int | None = Field(
+        default=None, alias="MAX_PAGE_RETRIES", ge=0, le=10, description="wins over documents.retries"
+    )
+    skip_joining: bool | None = Field(
+        default=None, alias="SKIP_CROSS_PAGE_MERGE", description="true: documents.join_pages is false"
+    )
+
+    @field_validator("api_key", "internal_api_token")
     @classmethod
     def _sendable(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[!-~]+", value):
@@ -146,6 +166,11 @@ def ensure_api_key(home: Path, environ: Mapping[str, str]) -> bool:
     set_key(path, variable_of("api_key"), f"sk-{secrets.token_urlsafe(24)}", quote_mode="never")
     path.chmod(0o600)
     return True
+
+
+# Those that win over a field of models.json.
+FIELD_VARIABLES = ("router_port", "max_upload_mib", "pages_in_flight", "dpi", "retries", "skip_joining")
+SECRET_VARIABLES = tuple(variable_of(field) for field in ("api_key", "hf_token", "internal_api_token"))
 
 
 def as_fields(values: Mapping[str, str]) -> dict[str, Any]:

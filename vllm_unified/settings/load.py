@@ -19,6 +19,7 @@ from vllm_unified.settings import files, findings
 from vllm_unified.settings.environment import (
     OWN_VARIABLES,
     PORT_VARIABLE,
+    SECRET_VARIABLES,
     SHELL_VARIABLES,
     Environment,
     Variables,
@@ -31,6 +32,7 @@ from vllm_unified.settings.environment import (
 from vllm_unified.settings.schema import (
     DEFAULT_PORTS,
     PER_ENGINE_VARIABLES,
+    DocumentsSettings,
     Endpoint,
     EngineDefaults,
     FlagValue,
@@ -61,6 +63,7 @@ class Settings:
     disabled: tuple[Model, ...]
     router: RouterSettings
     system: SystemSettings
+    documents: DocumentsSettings
     environment: Environment
     engine_args: Mapping[str, FlagValue]
     engine_env: Mapping[str, str]
@@ -75,6 +78,16 @@ class Settings:
     def all_engines(self) -> tuple[Model, ...]:
         """Those, and the disabled ones that would be: a reload of the file may enable them."""
         return (*self.engines, *(model for model in self.disabled if model.served_here))
+
+    @property
+    def ocr_model(self) -> Model | None:
+        """The one that documents are read with."""
+        return next((model for model in self.models if model.type == "ocr"), None)
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the document service runs: also for a model that a reload may enable."""
+        return any(model.type == "ocr" for model in (*self.models, *self.disabled))
 
     @property
     def own_variables(self) -> frozenset[str]:
@@ -107,6 +120,10 @@ class Settings:
     def router_url(self) -> str:
         """Where this machine reaches the router, also when it listens everywhere."""
         return _url(self.environment.router_host, self.router.port)
+
+    @property
+    def documents_url(self) -> str:
+        return _url("127.0.0.1", self.documents.port)
 
     def engine_url(self, model: Model) -> str:
         """Where this machine reaches the model's own server."""
@@ -141,6 +158,7 @@ def load(file: Path, home: Path, environ: Mapping[str, str]) -> Settings:
         disabled=resolved.disabled(),
         router=resolved.router(),
         system=models_file.system,
+        documents=_documents(models_file.documents, environment),
         environment=environment,
         engine_args=_without_fields(defaults.engine_args),
         engine_env={**_passed_on(variables, models_file, endpoint_variables), **defaults.env},
@@ -190,7 +208,7 @@ def _read_environment(
     except ValidationError as error:
         for detail in error.errors():
             name = str(detail["loc"][0])
-            secret = name in (variable_of("api_key"), variable_of("hf_token"))
+            secret = name in SECRET_VARIABLES
             problems.append(
                 Problem(variables.file_of(name), name, findings.message(detail, Environment, secret=secret))
             )
@@ -207,6 +225,13 @@ def _parsed(kind: type[File], read: Callable[[], Any], shown: str, problems: lis
             Problem(shown, findings.place(detail), findings.message(detail, kind)) for detail in error.errors()
         ]
     return None
+
+
+def _documents(given: DocumentsSettings, environment: Environment) -> DocumentsSettings:
+    said = {name: getattr(environment, name) for name in ("max_upload_mib", "pages_in_flight", "dpi", "retries")}
+    if environment.skip_joining is not None:
+        said["join_pages"] = not environment.skip_joining
+    return given.model_copy(update={name: value for name, value in said.items() if value is not None})
 
 
 class _Resolver:
@@ -371,6 +396,11 @@ def _check_together(settings: Settings, shown: str, problems: list[Problem]) -> 
             message = f'is the same as "{other}" but for case and dashes; rename one'
             problems.append(Problem(shown, f"models.{model.key}", message))
     ports = {settings.router.port: "the router"}
+    if settings.reads_documents:
+        if settings.documents.port in ports:
+            message = f"{settings.documents.port} is already used by the router; choose another"
+            problems.append(Problem(shown, "documents.port", message))
+        ports.setdefault(settings.documents.port, "the document service")
     names: dict[str, str] = {}
     for model in settings.engines:
         if model.port in ports:

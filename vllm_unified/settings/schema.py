@@ -1,5 +1,6 @@
 """The fields of config/models.json and config/vllm_config.yaml: default, check, description, in one place."""
 
+import ipaddress
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -325,6 +326,38 @@ class SystemSettings(_Strict):
     )
 
 
+def _network(value: str) -> str:
+    try:
+        return str(ipaddress.ip_network(value))
+    except ValueError:
+        raise ValueError(f'"{value}" is no network; use ADDRESS or ADDRESS/BITS, as 10.1.0.0/16') from None
+
+
+class DocumentsSettings(_Strict):
+    """`documents` in models.json: the service that reads images and PDFs with the first model of the type ocr."""
+
+    port: Port = Field(default=8010, description="port of the service, on 127.0.0.1; clients come through the router")
+    max_upload_mib: int = Field(default=512, ge=1, le=65536, description="largest upload, in MiB")
+    max_pages: int = Field(default=5000, ge=1, le=100_000, description="pages of the longest document")
+    max_waiting_pages: int = Field(
+        default=20_000, ge=1, description="pages that may wait to be read; further documents are refused with 429"
+    )
+    pages_in_flight: int | None = Field(
+        default=None, ge=1, le=1024, description="pages that are read at a time (default: as many as keep it busy)"
+    )
+    dpi: int = Field(default=144, ge=36, le=600, description="pixels per inch that a page of a PDF is drawn with")
+    retries: int = Field(default=3, ge=0, le=10, description="further attempts at a page that was not read well")
+    join_pages: bool = Field(default=True, description="put paragraphs and tables together that a page break parts")
+    keep_days: float = Field(default=7.0, gt=0, le=3650, description="days that a finished document is kept")
+    keep_gib: float = Field(default=20.0, gt=0, description="GiB of finished documents; beyond it the oldest go")
+    allowed_networks: list[Annotated[str, AfterValidator(_network)]] = Field(
+        default=[], description="private networks that documents may be fetched from and webhooks sent to"
+    )
+    allowed_hosts: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,252}$")]] = Field(
+        default=[], description="hosts of private addresses for which the same holds"
+    )
+
+
 class ModelsFile(_Strict):
     """config/models.json."""
 
@@ -334,6 +367,7 @@ class ModelsFile(_Strict):
     )
     router: RouterSettings = RouterSettings()
     system: SystemSettings = SystemSettings()
+    documents: DocumentsSettings = DocumentsSettings()
 
     @field_validator("models")
     @classmethod

@@ -10,10 +10,12 @@ from vllm_unified.supervision.programs import GROUP
 
 # Time for a keeper to kill what did not leave, after all that it grants the engine.
 KEEPER_SECONDS = 20
+# It gives up the pages in flight, and goes on with them at the next start.
+DOCUMENTS_SECONDS = 15
 
 
 def supervisord_conf(settings: Settings) -> str:
-    """The router and one keeper an engine. `%(here)s` is the folder of the file itself, run/.
+    """The router, the document service and one keeper an engine. `%(here)s` is the folder of the file itself, run/.
 
     Disabled models have a program that is not started, so that a reload can enable them.
     """
@@ -22,6 +24,11 @@ def supervisord_conf(settings: Settings) -> str:
     sections = [
         _MAIN.format(config=settings.file),
         _program("router", [*_cli(settings), "router"], priority=100, patience=patience),
+        *(
+            [_program("documents", [*_cli(settings), "documents"], priority=150, patience=DOCUMENTS_SECONDS)]
+            if settings.reads_documents
+            else []
+        ),
         *(
             _program(
                 model.key,

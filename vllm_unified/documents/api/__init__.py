@@ -1,0 +1,1 @@
+"""The paths of the document service: ours, and those of the applications that it replaces."""

@@ -1,0 +1,81 @@
+"""The paths of OCRFlux's document API, with status codes that say what happened."""
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from vllm_unified.documents.api.callers import Asking
+from vllm_unified.documents.api.forms import Form, flag_in, json_form, received
+from vllm_unified.documents.api.tasks import require_success
+from vllm_unified.documents.options import Options
+from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.service import Service
+from vllm_unified.documents.uploads import Received
+
+FIELDS = ("output_format", "max_page_retries", "skip_cross_page_merge", "url")
+OUTPUTS = {"markdown": "result.md", "text": "result.txt"}
+
+router = APIRouter()
+
+
+@router.post("/convert/file")
+async def convert_file(request: Request, caller: Asking) -> Response:
+    """A file, as Markdown or text."""
+    try:
+        service, form = await received(request, caller, ("file",), known=FIELDS)
+        return await _converted(service, form, form.one_file(), caller.key)
+    except DocumentError as error:
+        return _failed(error)
+
+
+@router.post("/convert/url")
+async def convert_url(request: Request, caller: Asking) -> Response:
+    """A file that stands at `url`, as Markdown or text."""
+    try:
+        service, form = await json_form(request, known=FIELDS)
+        upload = await service.fetched(form.fields.get("url", ""))
+        return await _converted(service, form, upload, caller.key)
+    except DocumentError as error:
+        return _failed(error)
+
+
+async def _converted(service: Service, form: Form, upload: Received, key: str) -> Response:
+    wanted = form.fields.get("output_format", "markdown").strip().lower()
+    if wanted not in OUTPUTS:
+        message = f"output_format: {wanted[:40]!r} is unknown; use markdown or text"
+        raise DocumentError(400, message, code="invalid_value")
+    task = await service.submit(upload, key, _options(form, wanted), "pdf", form.wishes)
+    status = await service.wait(task.id)
+    pages = await service.pages(task.id)
+    require_success(status, pages)
+    content = (service.folder_of(task.id) / OUTPUTS[wanted]).read_text(encoding="utf-8")
+    fallback = [page.number for page in pages if page.reason]
+    metadata: dict[str, Any] = {
+        "filename": upload.name,
+        "file_size": upload.size,
+        "pages_processed": len(pages),
+        "fallback_pages": fallback,
+        "task_id": task.id,
+    }
+    if form.fields.get("url"):
+        metadata["url"] = form.fields["url"]
+    answer = {"status": "success", "format": wanted, "content": content, "error": None, "metadata": metadata}
+    return JSONResponse(answer)
+
+
+def _options(form: Form, wanted: str) -> Options:
+    changes: dict[str, Any] = {"formats": ("text",) if wanted == "text" else ("markdown",)}
+    if retries := form.fields.get("max_page_retries", "").strip():
+        if not retries.isdecimal() or int(retries) > 10:
+            raise DocumentError(400, "max_page_retries: use 0 to 10", code="invalid_value")
+        changes["retries"] = int(retries)
+    if "skip_cross_page_merge" in form.fields:
+        changes["join_pages"] = not flag_in(form.fields, "skip_cross_page_merge", default=False)
+    return msgspec.structs.replace(form.options, **changes)
+
+
+def _failed(error: DocumentError) -> Response:
+    document = {"status": "error", "format": None, "content": None, "error": str(error), "metadata": None}
+    return JSONResponse(document, error.status, {**error.headers, "x-error-source": "documents"})

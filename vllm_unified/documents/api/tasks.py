@@ -1,0 +1,296 @@
+"""A document is a task: sent, watched, fetched, cancelled, deleted."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+
+from vllm_unified.documents.api.callers import Asking, Caller
+from vllm_unified.documents.api.forms import received
+from vllm_unified.documents.jobs import Status
+from vllm_unified.documents.page import Page
+from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.service import Service, Task
+from vllm_unified.documents.store import Document, State
+
+# Proxies cut a silent connection at 60 to 120 seconds.
+LONGEST_WAIT = 120.0
+KEEP_ALIVE_SECONDS = 15.0
+PRODUCT = re.compile(r"result\.(?:md|zip|html|docx|txt)|raw\.json|layout\.pdf|images/page-\d{1,6}-img-\d{1,6}\.jpg")
+# Older clients know four states; a cancelled task has failed for them.
+STATES: dict[State, str] = {"queued": "pending"}
+
+Wait = Annotated[float, Query(ge=0, description=f"seconds to wait for the end, at most {LONGEST_WAIT:g}")]
+router = APIRouter()
+
+
+@router.post("/api/ocr/image")
+async def read_image(request: Request, caller: Asking) -> Response:
+    """An image, read before the answer comes."""
+    service, form = await received(request, caller, ("image", "file"))
+    task = await service.submit(form.one_file(), caller.key, form.options, "image", form.wishes)
+    status = await service.wait(task.id)
+    pages = await service.pages(task.id)
+    require_success(status, pages)
+    first = pages[0]
+    timing = _timing(status)
+    document = {
+        "success": True,
+        "text": "\n\n".join(page.markdown for page in pages),
+        "raw_text": "\n\n".join(page.raw_text for page in pages),
+        "boxes": boxes_of(first),
+        "image_dims": {"w": first.width, "h": first.height},
+        "task_id": status.id,
+        "timing": timing,
+        "duration_ms": timing["duration_ms"],
+        "warnings": [*(f"page {page.number}: {page.reason}" for page in pages if page.reason), *first.warnings],
+    }
+    return JSONResponse(document)
+
+
+@router.post("/api/ocr/pdf")
+async def read_pdf(request: Request, caller: Asking, wait: Wait = 0.0) -> Response:
+    """A PDF, an image of many pages, or a ZIP of such: read in the background, a task for each file."""
+    service, form = await received(request, caller, ("pdf", "file", "files", "image"))
+    tasks = [
+        await service.submit(upload, caller.key, form.options, "pdf", form.wishes.of(number))
+        for number, upload in enumerate(await form.unpacked(service))
+    ]
+    if wait and len(tasks) == 1:
+        status = await service.jobs.wait(tasks[0].id, min(wait, LONGEST_WAIT))
+        if status.is_finished:
+            return JSONResponse(await task_document(service, status))
+    answer: dict[str, Any] = {"task_id": tasks[0].id}
+    if len(tasks) > 1:
+        answer["task_ids"] = [task.id for task in tasks]
+    return JSONResponse(answer, 202, {"location": f"/api/tasks/{tasks[0].id}"})
+
+
+@router.get("/api/tasks")
+async def list_tasks(
+    request: Request,
+    caller: Asking,
+    status: Literal["pending", "running", "succeeded", "failed", "cancelled"] | None = None,
+    after: str = "",
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> Response:
+    """The newest first, those of the client's own key; an admin sees all. `after`: the last id of the list before."""
+    service = service_of(request)
+    states: dict[str, State] = {"pending": "queued", "running": "running", "succeeded": "succeeded"}
+    state: State | None = None if status is None else states.get(status, status)  # type: ignore[arg-type]
+    key = None if caller.admin else caller.key
+    found = await asyncio.to_thread(service.store.documents, key, state, after, limit)
+    entries = [_entry(await service.jobs.status(each.id)) for each in found]
+    return JSONResponse({"tasks": entries, "counts": await asyncio.to_thread(service.store.counts, key)})
+
+
+@router.get("/api/tasks/{task_id}")
+async def show_task(request: Request, caller: Asking, task_id: str, wait: Wait = 0.0) -> Response:
+    service = service_of(request)
+    await own_document(service, caller, task_id)
+    if wait:
+        status = await service.jobs.wait(task_id, min(wait, LONGEST_WAIT))
+    else:
+        status = await service.jobs.status(task_id)
+    return JSONResponse(await task_document(service, status))
+
+
+@router.get("/api/tasks/{task_id}/events")
+async def watch_task(request: Request, caller: Asking, task_id: str) -> Response:
+    """Server-sent events: `status` at each change, the last of them with the result."""
+    service = service_of(request)
+    await own_document(service, caller, task_id)
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(_events(service, task_id), media_type="text/event-stream", headers=headers)
+
+
+@router.post("/api/tasks/{task_id}/cancel")
+async def cancel_task(request: Request, caller: Asking, task_id: str) -> Response:
+    """Read no more of its pages; those that were read stay."""
+    service = service_of(request)
+    await own_document(service, caller, task_id)
+    return JSONResponse(await task_document(service, await service.jobs.cancel(task_id)))
+
+
+@router.post("/api/tasks/{task_id}/retry")
+async def retry_task(request: Request, caller: Asking, task_id: str) -> Response:
+    """Read again the pages that failed, and no others. The file's `password`, if it has one, is sent again."""
+    service = service_of(request)
+    await own_document(service, caller, task_id)
+    form = await request.form()
+    status = await service.jobs.retry_failed(task_id, str(form.get("password", "")))
+    return JSONResponse(await task_document(service, status), 202)
+
+
+@router.delete("/api/tasks/{task_id}")
+async def delete_task(request: Request, caller: Asking, task_id: str) -> Response:
+    """The task and all its files."""
+    service = service_of(request)
+    await own_document(service, caller, task_id)
+    await service.delete(task_id)
+    return Response(status_code=204)
+
+
+@router.get("/api/tasks/{task_id}/download/{path:path}")
+async def download(request: Request, caller: Asking, task_id: str, path: str) -> Response:
+    service = service_of(request)
+    document = await own_document(service, caller, task_id)
+    file = service.folder_of(task_id) / path
+    if not PRODUCT.fullmatch(path) or not await asyncio.to_thread(file.is_file):
+        known = ", ".join(await asyncio.to_thread(service.products, task_id)) or "nothing yet"
+        message = f'the task has no "{path[:80]}"; it has {known}'
+        raise DocumentError(404, message, code="no_such_product")
+    headers = {"x-content-type-options": "nosniff"}
+    if path.endswith(".html"):  # a model's words, shown from our address
+        headers["content-security-policy"] = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    name = file.name if path.startswith("images/") else f"{PurePosixPath(document.name).stem}{file.suffix}"
+    return FileResponse(file, filename=name, headers=headers)
+
+
+# Their shapes
+
+
+async def task_document(service: Service, status: Status) -> dict[str, Any]:
+    """As the clients of the earlier applications know it; what is ours is added."""
+    document = {**_entry(status), "result": None, "fallback_pages": []}
+    if status.is_finished:
+        failures = await asyncio.to_thread(service.store.failures, status.id)
+        document["fallback_pages"] = [{"page": number, "reason": reason} for number, reason in failures]
+    if status.state == "succeeded":
+        document["result"] = await _result(service, status.id)
+    return document
+
+
+async def _result(service: Service, task_id: str) -> dict[str, Any]:
+    at = f"/api/tasks/{task_id}/download"
+    pages = await service.pages(task_id)
+    products = await asyncio.to_thread(service.products, task_id)
+    assets = [block.asset for page in pages for block in page.blocks if block.asset]
+    return {
+        "markdown_url": f"{at}/result.md",
+        "raw_json_url": f"{at}/raw.json",
+        "archive_url": f"{at}/result.zip",
+        "image_urls": [f"{at}/{asset}" for asset in assets],
+        "product_urls": {name: f"{at}/{name}" for name in products},
+        "pages": [page_document(number, page) for number, page in enumerate(pages)],
+    }
+
+
+def page_document(index: int, page: Page) -> dict[str, Any]:
+    return {
+        "index": index,
+        "page_number": page.number,
+        "markdown": page.markdown,
+        "raw_text": page.raw_text,
+        "image_assets": [block.asset for block in page.blocks if block.asset],
+        "boxes": boxes_of(page),
+        "image_dims": {"w": page.width, "h": page.height},
+        "source": page.source,
+        "reason": page.reason,
+        "warnings": list(page.warnings),
+    }
+
+
+def boxes_of(page: Page) -> list[dict[str, Any]]:
+    return [{"label": block.label, "box": list(box)} for block in page.blocks for box in block.boxes]
+
+
+def _entry(status: Status) -> dict[str, Any]:
+    return {
+        "task_id": status.id,
+        "status": STATES.get(status.state, status.state),
+        "task_type": status.kind,
+        "filename": status.name,
+        "created_at": _iso(status.queued_at),
+        "updated_at": _iso(status.updated_at),
+        "error_message": status.error or None,
+        "progress": {
+            "current": status.done + status.failed,
+            "total": status.pages or 0,
+            "percent": status.percent,
+            "message": _message(status),
+            "pages_completed": status.done,
+            "pages_failed": status.failed,
+            "pages_total": status.pages or 0,
+            "queue_position": status.position,
+            "pages_per_minute": round(status.pages_per_minute, 1),
+            "seconds_left": None if status.seconds_left is None else round(status.seconds_left, 1),
+        },
+        "timing": _timing(status),
+    }
+
+
+def _message(status: Status) -> str:
+    match status.state:
+        case "queued" if status.position:
+            return f"waiting; {status.position} documents are before it"
+        case "queued" | "running" if status.pages is None:
+            return "looking at the file"
+        case "queued" | "running":
+            return f"{status.done + status.failed} of {status.pages} pages"
+        case "succeeded" if status.failed:
+            return f"{status.done} pages read, {status.failed} not; see fallback_pages"
+        case "succeeded":
+            return f"{status.done} pages read"
+        case _:
+            return status.error or status.state
+
+
+def _timing(status: Status) -> dict[str, Any]:
+    return {
+        "queued_at": _iso(status.queued_at),
+        "started_at": _iso(status.started_at),
+        "finished_at": _iso(status.finished_at),
+        "duration_ms": status.duration_ms,
+    }
+
+
+def _iso(at: float | None) -> str | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+
+
+async def _events(service: Service, task_id: str) -> AsyncIterator[bytes]:
+    changes = aiter(service.jobs.events(task_id))
+    coming = asyncio.ensure_future(anext(changes))
+    try:
+        while True:
+            done, _ = await asyncio.wait((coming,), timeout=KEEP_ALIVE_SECONDS)
+            if not done:
+                yield b": still here\n\n"
+                continue
+            status = coming.result()
+            yield b"event: status\ndata: %b\n\n" % msgspec.json.encode(await task_document(service, status))
+            coming = asyncio.ensure_future(anext(changes))
+    except StopAsyncIteration:
+        pass
+    finally:
+        coming.cancel()
+
+
+# Who may
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def own_document(service: Service, caller: Caller, task_id: str) -> Document:
+    """Raises DocumentError 404."""
+    return caller.require(await asyncio.to_thread(service.store.get, task_id))
+
+
+def require_success(status: Task | Status, pages: list[Page]) -> None:
+    """Raises DocumentError 502 where nothing came of any page, 409 where somebody cancelled it."""
+    if status.state == "cancelled":
+        raise DocumentError(409, "the task was cancelled", code="cancelled")
+    if status.state == "failed":
+        raise DocumentError(422, status.error, code="unreadable")
+    if pages and all(page.source == "nothing" for page in pages):
+        raise DocumentError(502, f"no page could be read: {pages[0].reason}", code="not_read")
