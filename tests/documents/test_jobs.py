@@ -18,11 +18,11 @@ import pytest
 
 from tests.conftest import CHECKOUT
 from vllm_unified.documents import jobs as module
-from vllm_unified.documents.jobs import CHANGES, PACE_SECONDS, Jobs, Pace, Place, Room, Status, Turns, places
+from vllm_unified.documents.jobs import CHANGES, FAULT, PACE_SECONDS, Jobs, Pace, Place, Room, Status, Turns, places
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
-from vllm_unified.documents.store import Document, Store, StoreError, Upload
+from vllm_unified.documents.store import MOST_STARTS, Document, Store, StoreError, Upload
 
 # Key → document → pages, in the order in which they came.
 Waiting = dict[str, dict[str, int]]
@@ -320,7 +320,7 @@ class TestFailure:
             assert (status.state, status.done, status.failed, status.error) == ("succeeded", 1, 3, "")
             assert service.store.failures(document) == [
                 (1, "this page is 200 inches wide"),
-                (2, "the service failed at this page; its log says how"),
+                (2, FAULT),
                 (3, "it repeats itself"),
             ]
             assert [page.source for page in service.store.results(document)] == [
@@ -354,6 +354,30 @@ class TestFailure:
             await jobs.retry_failed(document)
             assert (await service.done(document)).state == "succeeded"
         assert Counter(service.work.seen)["a 2", 1] == 1
+
+    @pytest.mark.parametrize("odd", [{"markdown": "half a \ud83d"}, {"seconds": object()}, {"width": 1 << 80}])
+    @in_a_loop
+    async def test_of_a_page_that_cant_be_stored(self, service: Service, odd: dict[str, Any]) -> None:
+        service.work.answer("a 2:1", Page(number=1, **odd))
+        service.work.answer("a 2:2", DocumentError(400, "half a \ud83d", code="x"))
+        service.work.answer("finish a 2", DocumentError(400, "half a \ud83d", code="x"))
+        async with service.running():
+            document = await service.accept("a 2")
+            status = await service.done(document)
+            assert (status.state, status.failed, status.error) == ("failed", 2, "half a ?")
+            assert {reason for _, reason in service.store.failures(document)} == {FAULT}
+
+    @in_a_loop
+    async def test_that_kills_the_service_again_and_again(self, service: Service) -> None:
+        store = Store(service.folder / "documents.db")
+        killer = store.accept(service.upload("b 2"), 10.0).id
+        for _ in range(MOST_STARTS):
+            store.attempt(killer)
+        store.close()
+        async with service.running():
+            assert (await service.done(killer)).state == "failed"
+            assert (await service.done(await service.accept("c 2"))).state == "succeeded"
+        assert service.work.inspected == ["c 2"]
 
     @in_a_loop
     async def test_of_a_document_without_pages(self, service: Service) -> None:
@@ -758,9 +782,9 @@ async def test_a_disk_that_fails_loses_no_page(service: Service, monkeypatch: py
 
 # A service of its own, to be killed
 
-KILLS = 5
+KILLS = 4
 LIMIT = 4
-SENT = {"long 300": "alice", "middling 40": "alice", "short 3": "bob"}
+SENT = {"long 200": "alice", "middling 40": "alice", "short 3": "bob"}
 
 
 class LoggedScans:
@@ -789,8 +813,10 @@ async def serve(folder: Path) -> None:
     jobs = Jobs(store, LoggedScans(folder, store), lambda: LIMIT)
     await jobs.start()
     for nth, (name, key) in enumerate(SENT.items()):
-        values = {"kind": "pdf", "options": Options(), "size": 1, "idempotency_key": name}
-        await jobs.accept(Upload(id=f"{nth:032x}", name=name, key=key, **values))
+        upload = Upload(
+            id=f"{nth:032x}", name=name, kind="pdf", key=key, options=Options(), size=1, idempotency_key=name
+        )
+        await jobs.accept(upload)
     for nth in range(len(SENT)):
         await jobs.wait(f"{nth:032x}", 60)
     await jobs.stop()
@@ -863,6 +889,6 @@ def test_killed_at_any_moment_it_goes_on_and_reads_no_page_twice(tmp_path: Path)
     assert dict(finishes) == documents
     # Once, but for a kill between the products and their row.
     assert len(finishes) <= len(documents) + KILLS
-    assert finishes.count(("0" * 32, 300)) == 1
+    assert finishes.count(("0" * 32, 200)) == 1
     run_to_the_end(tmp_path)
     assert lines(tmp_path) == every

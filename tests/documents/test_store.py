@@ -17,7 +17,7 @@ from tests.conftest import CHECKOUT
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Block, Page
 from vllm_unified.documents.problems import DocumentError
-from vllm_unified.documents.store import MOST_STARTS, VERSION, State, Store, StoreError, Upload
+from vllm_unified.documents.store import MOST_STARTS, VERSION, State, Store, StoreError, Upload, _next_pages
 from vllm_unified.errors import UserError
 
 ID = "0123456789abcdef0123456789abcde0"
@@ -252,7 +252,7 @@ class TestResume:
         done, running, waiting = finished(store, 0, 11.0), queued(store, 4, 1), queued(store, 2, 2)
         store.start_pages({running: 3}, 12.0)
         read(store, running, 2)
-        resumed = store.resume()
+        resumed = store.resume(90.0)
         assert [(each.id, each.state, each.pages, each.done) for each in resumed] == [
             (running, "queued", 4, 1),
             (waiting, "queued", 2, 0),
@@ -268,7 +268,7 @@ class TestResume:
         for _ in range(MOST_STARTS):
             assert store.failures(document) == []
             store.start_pages({document: 1}, 11.0)
-            store.resume()
+            store.resume(90.0)
         [(number, reason)] = store.failures(document)
         assert number == 1
         assert reason.startswith("the service ended 5 times")
@@ -276,13 +276,40 @@ class TestResume:
         assert store.start_pages({document: 9}, 12.0) == [(document, 2)]
         assert [page.source for page in store.results(document)] == ["nothing"]
 
+    @pytest.mark.parametrize("stage", ["inspection", "products"])
+    def test_so_does_a_document(self, store: Store, stage: str) -> None:
+        document = store.accept(upload(), 10.0).id if stage == "inspection" else queued(store)
+        for _ in range(MOST_STARTS):
+            assert [each.id for each in store.resume(90.0)] == [document]
+            store.attempt(document)
+        assert store.resume(90.0) == []
+        ended = store.get(document)
+        assert (ended.state, ended.finished_at, ended.error[:25]) == ("failed", 90.0, "the service ended 5 times")
+        store.retry_failed(document, "", 91.0)
+        assert [each.id for each in store.resume(92.0)] == [document]
+
+    @pytest.mark.parametrize("by", ["its end", "an inspection that went well", "a stop"])
+    def test_a_document_that_was_survived_is_not_blamed(self, store: Store, by: str) -> None:
+        document = store.accept(upload(), 10.0).id
+        for _ in range(MOST_STARTS - 1):
+            store.attempt(document)
+        if by == "its end":
+            store.attempt_ended(document)
+        elif by == "a stop":
+            store.give_all_back()
+        else:
+            store.inspected(document, [1], 11.0)
+        for _ in range(MOST_STARTS - 1):
+            store.attempt(document)
+        assert [each.id for each in store.resume(90.0)] == [document]
+
     @pytest.mark.parametrize("by", ["page", "stop"])
     def test_a_page_that_was_given_back_is_not_blamed(self, store: Store, by: str) -> None:
         document = queued(store, 1)
         for _ in range(MOST_STARTS + 1):
             assert store.start_pages({document: 1}, 11.0) == [(document, 1)]
             store.give_back(document, 1) if by == "page" else store.give_all_back()
-            store.resume()
+            store.resume(90.0)
         assert store.failures(document) == []
 
 
@@ -413,7 +440,7 @@ class TestDamage:
         damaged = path.read_bytes()
         with caplog.at_level(logging.ERROR):
             store = Store(path)
-        assert store.resume() == []
+        assert store.resume(90.0) == []
         queued(store)
         store.close()
         [aside] = path.parent.glob("documents.db.broken-*Z")
@@ -459,11 +486,19 @@ def test_the_next_page_is_found_as_fast_among_ten_thousand(store: Store) -> None
 
 
 def test_the_choice_of_the_next_page_uses_its_index(store: Store) -> None:
-    document = queued(store, 3)
+    query = _next_pages(queued(store, 3), 1).compile(store._engine, compile_kwargs={"literal_binds": True})
     with store._engine.connect() as connection:
-        query = "SELECT number FROM pages WHERE document = ? AND state = 'queued' ORDER BY number LIMIT 1"
-        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}", (document,)).all()
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}").all()
     assert [row[3] for row in plan] == ["SEARCH pages USING COVERING INDEX pages_by_state (document=? AND state=?)"]
+
+
+@pytest.mark.parametrize(("is_durable", "synchronous"), [(True, 2), (False, 1)])
+def test_what_is_accepted_is_synced_to_the_disk(store: Store, is_durable: bool, synchronous: int) -> None:
+    for _ in range(2):
+        with store._transaction(durable=is_durable) as connection:
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == synchronous
+        with store._transaction() as connection:
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 1
 
 
 def test_the_tables_are_those_of_this_version(store: Store) -> None:
@@ -474,6 +509,6 @@ def test_the_tables_are_those_of_this_version(store: Store) -> None:
             for table in ("documents", "pages")
         }
     assert VERSION == 1
-    assert len(columns["documents"]) == 20
+    assert len(columns["documents"]) == 21
     assert columns["pages"] == ["document", "number", "state", "attempts", "result", "reason"]
     assert set(msgspec.structs.asdict(upload())) < set(columns["documents"])

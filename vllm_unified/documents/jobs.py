@@ -41,6 +41,7 @@ CHANGES = 16  # that a subscriber may be behind before it is given the newest al
 KEY_MUST_WAIT, ALL_MUST_WAIT = 429, 503
 PAUSE_SECONDS, LONGEST_PAUSE = 5.0, 60.0  # the first where the answer has no Retry-After
 RETRY_AFTER, LONGEST_RETRY_AFTER = 30, 600  # seconds; the first where the pace is not known yet
+FAULT = "the service failed at this page; its log says how"
 
 Stage = Literal["inspect", "read", "finish"]
 P = ParamSpec("P")
@@ -288,7 +289,7 @@ class Jobs:
 
     async def start(self) -> None:
         """Go on with what the last run left."""
-        for document in await self._ask(self._store.resume):
+        for document in await self._ask(self._store.resume, self._clock()):
             self._add(document)
         self._loop = asyncio.create_task(self._run(), name="documents")
 
@@ -516,7 +517,7 @@ class Jobs:
     # What is done
 
     async def _inspect(self, active: _Active) -> None:
-        found = await self._attempt("inspect", active, self._work.inspect(active.document))
+        found = await self._attempt("inspect", active, self._work.inspect)
         if found is None:
             return
         numbers = sorted(set(found))
@@ -537,8 +538,8 @@ class Jobs:
         if page is None:
             if await self._insist(self._store.give_back, document, number):
                 self._wait_again("read", document)
-        elif await self._insist(self._store.page_done, document, number, page, self._clock()):
-            self._count(active, page)
+        else:
+            await self._keep(active, number, page)
 
     def _begin_page(self, active: _Active) -> None:
         for pace in (active.pace, self._pace):
@@ -555,11 +556,21 @@ class Jobs:
         except DocumentError as error:
             if self._pause(error, active.document.key):
                 return None
-            reason = str(error)
+            return _given_up(number, str(error))
         except Exception:
             log.exception("document %s, page %d", active.document.id, number)
-            reason = "the service failed at this page; its log says how"
-        return Page(number=number, source="nothing", reason=reason)
+            return _given_up(number, FAULT)
+
+    async def _keep(self, active: _Active, number: int, page: Page) -> None:
+        document = active.document.id
+        try:
+            is_kept = await self._insist(self._store.page_done, document, number, page, self._clock())
+        except (TypeError, ValueError, OverflowError):  # no UTF-8, or no plain numbers
+            log.exception("document %s, page %d can't be stored", document, number)
+            page = _given_up(number, FAULT)
+            is_kept = await self._insist(self._store.page_done, document, number, page, self._clock())
+        if is_kept:
+            self._count(active, page)
 
     def _count(self, active: _Active, page: Page) -> None:
         now = self._monotonic()
@@ -572,16 +583,20 @@ class Jobs:
         self._publish(active)
 
     async def _finish(self, active: _Active) -> None:
-        size = await self._attempt("finish", active, self._work.finish(active.document))
+        size = await self._attempt("finish", active, self._work.finish)
         if size is not None:
             await self._finished(active, "succeeded", size=size)
 
-    async def _attempt(self, stage: Stage, active: _Active, work: Awaitable[Result]) -> Result | None:
+    async def _attempt(
+        self, stage: Stage, active: _Active, work: Callable[[Document], Awaitable[Result]]
+    ) -> Result | None:
         """None: not now, or the document has failed."""
+        await self._insist(self._store.attempt, active.document.id)
         try:
-            return await _whole(work)
+            return await _whole(work(active.document))
         except DocumentError as error:
             if self._pause(error, active.document.key):
+                await self._insist(self._store.attempt_ended, active.document.id)
                 self._wait_again(stage, active.document.id)
                 return None
             message = str(error)
@@ -593,6 +608,7 @@ class Jobs:
 
     async def _finished(self, active: _Active, outcome: Outcome, *, size: int = 0, error: str = "") -> None:
         document = active.document.id
+        error = error.encode(errors="replace").decode()  # it may quote what is no UTF-8
         if await self._insist(self._store.finish, document, outcome, self._clock(), size=size, error=error):
             await self._ended(document)
 
@@ -721,6 +737,10 @@ def _status(document: Document, now: float | None = None) -> Status:
         duration_ms=None if duration is None else max(0, round(duration * 1000)),
         error=document.error,
     )
+
+
+def _given_up(number: int, reason: str) -> Page:
+    return Page(number=number, source="nothing", reason=reason)
 
 
 def _percent(document: Document) -> int:

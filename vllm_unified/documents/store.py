@@ -51,9 +51,10 @@ FINISHED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 VERSION = 1  # of the tables, in PRAGMA user_version
 LOCKED_MS = 5000  # how long a statement waits for another process that has the database locked
 BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-# A page that was being read as often as this when the service was killed is held to be what killed it.
+# What was under way as often as this when the service was killed is held to be what killed it.
 MOST_STARTS = 5
-KILLER = f"the service ended {MOST_STARTS} times while it read this page; it is not tried again by itself"
+KILLER_PAGE = f"the service ended {MOST_STARTS} times while it read this page; it is not tried again by itself"
+KILLER = f"the service ended {MOST_STARTS} times while it worked on this document; it is not tried again by itself"
 
 METADATA = MetaData()
 DOCUMENTS = Table(
@@ -71,6 +72,7 @@ DOCUMENTS = Table(
     Column("started_at", Float),
     Column("finished_at", Float, index=True),
     Column("updated_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),  # at what is under way: inspection or products
     Column("pages", Integer),
     Column("error", Text, nullable=False, server_default=""),
     Column("idempotency_key", Text, nullable=False),
@@ -194,11 +196,22 @@ class Store:
         with self._transaction() as connection:
             return _sent_before(connection, upload)
 
+    def attempt(self, document: str) -> None:
+        """Its inspection, or the making of its products, begins."""
+        with self._transaction() as connection:
+            begun = update(DOCUMENTS).where(_of(document))
+            connection.execute(begun.values(attempts=DOCUMENTS.c.attempts + 1))
+
+    def attempt_ended(self, document: str) -> None:
+        """However it ended: the service has survived it."""
+        with self._transaction() as connection:
+            connection.execute(update(DOCUMENTS).where(_of(document)).values(attempts=0))
+
     def inspected(self, document: str, numbers: "range | list[int]", now: float) -> bool:
         """Its pages are known: a row each, queued. False when nothing is to be done: it was cancelled or deleted."""
         with self._transaction() as connection:
             is_waiting = _of(document) & DOCUMENTS.c.state.in_(UNFINISHED) & DOCUMENTS.c.pages.is_(None)
-            changed = update(DOCUMENTS).where(is_waiting).values(pages=len(numbers), updated_at=now)
+            changed = update(DOCUMENTS).where(is_waiting).values(pages=len(numbers), attempts=0, updated_at=now)
             if not connection.execute(changed).rowcount:
                 return False
             rows = [{"document": document, "number": number, "state": "queued"} for number in numbers]
@@ -248,6 +261,7 @@ class Store:
         """At a graceful stop."""
         with self._transaction() as connection:
             connection.execute(_given_back().where(PAGES.c.document.in_(_unfinished_ids())))
+            connection.execute(update(DOCUMENTS).where(DOCUMENTS.c.attempts > 0).values(attempts=0))
 
     def finish(self, document: str, outcome: Outcome, now: float, *, size: int = 0, error: str = "") -> bool:
         """It has its products, `size` bytes with the upload, or else an error. False when it was not unfinished."""
@@ -336,19 +350,22 @@ class Store:
         with self._transaction() as connection:
             return [(number, reason) for number, reason in connection.execute(wanted)]
 
-    def resume(self) -> list[Document]:
+    def resume(self, now: float) -> list[Document]:
         """At the start, before all else: what was running is queued again. The unfinished documents, oldest first.
 
-        A page that was started MOST_STARTS times and never ended has failed.
+        A page, or a document, that was begun MOST_STARTS times and never ended has failed.
         """
+        for document in self._killers():
+            log.error("document %s: %s", document, KILLER)
+            self.finish(document, "failed", now, error=KILLER)
         running = PAGES.c.document.in_(_unfinished_ids()) & (PAGES.c.state == "running")
         with self._transaction() as connection:
             killers = select(PAGES.c.document, PAGES.c.number).where(running, PAGES.c.attempts >= MOST_STARTS)
             for document, number in connection.execute(killers).all():
-                log.error("document %s, page %d: %s", document, number, KILLER)
-                result = msgspec.msgpack.encode(Page(number=number, source="nothing", reason=KILLER))
+                log.error("document %s, page %d: %s", document, number, KILLER_PAGE)
+                result = msgspec.msgpack.encode(Page(number=number, source="nothing", reason=KILLER_PAGE))
                 failed = update(PAGES).where(PAGES.c.document == document, PAGES.c.number == number)
-                connection.execute(failed.values(state="failed", result=result, reason=KILLER))
+                connection.execute(failed.values(state="failed", result=result, reason=KILLER_PAGE))
             connection.execute(update(PAGES).where(running).values(state="queued"))
             connection.execute(update(DOCUMENTS).where(DOCUMENTS.c.state == "running").values(state="queued"))
             unfinished = _all_documents().where(DOCUMENTS.c.state.in_(UNFINISHED)).order_by(DOCUMENTS.c.arrival)
@@ -384,6 +401,11 @@ class Store:
         with self._transaction() as connection:
             connection.execute(update(DOCUMENTS).where(_of(document)).values(**tried))
 
+    def _killers(self) -> list[str]:
+        begun = (DOCUMENTS.c.state.in_(UNFINISHED), DOCUMENTS.c.attempts >= MOST_STARTS)
+        with self._transaction() as connection:
+            return list(connection.scalars(select(DOCUMENTS.c.id).where(*begun)))
+
     def _end(self, document: str, state: State, now: float, values: dict[str, object]) -> bool:
         with self._transaction() as connection:
             row = _row(connection, document)
@@ -391,7 +413,8 @@ class Store:
                 return False
             before = _document(row)
             options = msgspec.structs.replace(before.options, password="")
-            values |= {"state": state, "finished_at": now, "updated_at": now, "options": _encoded(options)}
+            values |= {"state": state, "finished_at": now, "updated_at": now, "attempts": 0}
+            values["options"] = _encoded(options)
             if before.webhook_url:
                 values["webhook_at"] = now
             connection.execute(update(DOCUMENTS).where(_of(document)).values(**values))
