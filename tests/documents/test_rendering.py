@@ -439,7 +439,7 @@ def test_a_page_that_takes_for_ever(files: tuple[Path, Path]) -> None:
     error, *pages = in_a_renderer(story, task_seconds=3)
     assert isinstance(error, DocumentError)
     assert (error.status, error.code) == (422, "too_slow")
-    assert str(error) == "page 1 was given up: rendering took longer than 3 seconds"
+    assert str(error) == "page 1 was given up: it took longer than 3 seconds"
     assert [page.text for page in pages] == ["One.", "Two.", "Three.", "Three."]
 
 

@@ -28,7 +28,8 @@ START_SECONDS = 60.0
 END_SECONDS = 5.0  # for one that has closed its output
 TASKS_OF_A_PROCESS = 1000  # then a new one takes over: what the libraries leak does not add up
 LONGEST_ANSWER = 256 << 20  # bytes
-OUT_OF_MEMORY = "out_of_memory"
+# Codes of errors that are the process' end
+CRASHED, OUT_OF_MEMORY, TOO_SLOW = "render_crashed", "out_of_memory", "too_slow"
 FRAME = struct.Struct(">I")  # what is sent to a process and back: the length in bytes, then MessagePack
 # This very package, whatever lies in the working directory.
 IMPORTS = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
@@ -184,16 +185,11 @@ class Renderer:
     async def _ask(self, task: Task, what: str, answer: type[Answer]) -> Answer:
         async with self._slots:
             worker = await self._worker()
-            try:
-                received = await self._answer(worker, task, what)
-                told = msgspec.msgpack.decode(received, type=answer | Refused)
-            except msgspec.DecodeError:
-                await worker.end()
-                raise _crashed(what, "it answered nonsense") from None
-            except BaseException:
-                await worker.end()
-                raise
-            await self._put_back(worker, told)
+            fresh = not worker.tasks
+            told = await self._told(worker, task, what, answer)
+            # A process that has read other files may have ended, or be full, for what it met there.
+            if isinstance(told, Refused) and told.code in (CRASHED, OUT_OF_MEMORY) and not fresh:
+                told = await self._told(await Worker.start(self._limits), task, what, answer)
         if isinstance(told, Refused):
             raise DocumentError(told.status, told.message, code=told.code)
         return told
@@ -206,22 +202,28 @@ class Renderer:
             await worker.end()
         return await Worker.start(self._limits)
 
-    async def _answer(self, worker: "Worker", task: Task, what: str) -> bytes:
+    async def _told(self, worker: "Worker", task: Task, what: str, answer: type[Answer]) -> Answer | Refused:
+        """The worker is at rest again afterwards, or has ended."""
+        told: Answer | Refused
         try:
             async with asyncio.timeout(self._task_seconds):
-                return await worker.ask(msgspec.msgpack.encode(task))
+                received = await worker.ask(msgspec.msgpack.encode(task))
+            told = msgspec.msgpack.decode(received, type=answer | Refused)
         except TimeoutError:
-            message = f"{what} was given up: rendering took longer than {self._task_seconds:g} seconds"
-            raise DocumentError(422, message, code="too_slow") from None
-        except (OSError, asyncio.IncompleteReadError):
-            raise _crashed(what, await worker.end()) from None
-
-    async def _put_back(self, worker: "Worker", told: Answer | Refused) -> None:
-        worn = isinstance(told, Refused) and told.code == OUT_OF_MEMORY
-        if worn or worker.tasks >= TASKS_OF_A_PROCESS:
+            await worker.end()
+            return Refused(422, f"{what} was given up: it took longer than {self._task_seconds:g} seconds", TOO_SLOW)
+        except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError):
+            how = await worker.end()
+            message = f"{what} was given up: its process ended ({how}); it is damaged, or wants too much memory"
+            return Refused(422, message, CRASHED)
+        except BaseException:
+            await worker.end()
+            raise
+        if worker.tasks >= TASKS_OF_A_PROCESS or (isinstance(told, Refused) and told.code == OUT_OF_MEMORY):
             await worker.end()
         else:
             self._idle.append(worker)
+        return told
 
 
 class Worker:
@@ -285,11 +287,6 @@ class Worker:
             self._process.kill()
         status = await self._process.wait()
         return f"signal {-status}" if status < 0 else f"exit status {status}"
-
-
-def _crashed(what: str, how: str) -> DocumentError:
-    message = f"{what} was given up: the process that read it ended ({how}); it is damaged, or wants too much memory"
-    return DocumentError(422, message, code="render_crashed")
 
 
 def _unavailable(why: str) -> DocumentError:
