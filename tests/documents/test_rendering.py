@@ -407,6 +407,11 @@ def workers() -> list[psutil.Process]:
     return [each for each in psutil.Process().children() if "vllm_unified.documents.raster" in each.cmdline()]
 
 
+def is_confined(worker: psutil.Process) -> bool:
+    """Its libraries are loaded, and its work begins."""
+    return worker.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+
+
 def in_a_renderer(story: Callable[[Renderer], Awaitable[T]], processes: int = 2, **options: Any) -> T:
     """With none of the module's processes among the children."""
 
@@ -449,9 +454,11 @@ def test_a_process_that_is_killed_costs_its_page_alone(files: tuple[Path, Path])
 
     async def story(renderer: Renderer) -> list[Any]:
         hit = asyncio.create_task(renderer.render(hostile, Kind.PDF, 1))
-        busy = await asyncio.to_thread(
-            eventually, lambda: [each for each in workers() if each.pid not in before and each.cpu_times().user > 0]
-        )
+        await asyncio.sleep(0)
+        busy = await asyncio.to_thread(eventually, lambda: [each for each in workers() if each.pid not in before])
+        await asyncio.to_thread(eventually, lambda: is_confined(busy[0]))
+        started = busy[0].cpu_times().user
+        await asyncio.to_thread(eventually, lambda: busy[0].cpu_times().user > started + 0.2)
         await renderer.render(good, Kind.PDF, 1)
         others = [asyncio.create_task(renderer.render(good, Kind.PDF, number)) for number in (1, 2, 3)]
         busy[0].kill()
@@ -511,7 +518,7 @@ def test_what_a_process_has(files: tuple[Path, Path], monkeypatch: pytest.Monkey
         assert "VLLM_API_KEY" not in worker.environ()
         assert worker.nice() > psutil.Process().nice() or worker.nice() == 19
         assert worker.rlimit(psutil.RLIMIT_AS) == (700 << 20, 700 << 20)
-        assert worker.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+        assert is_confined(worker)
 
     in_a_renderer(story, processes=1, memory_mib=700)
 

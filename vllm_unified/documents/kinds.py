@@ -89,18 +89,13 @@ def require_kind(head: bytes, name: str) -> Kind:
         raise DocumentError(400, f"{name}: the file is empty", code="empty_file")
     kind = kind_of(head)
     if kind is None:
-        message = f"{name} is {_looks_like(head)}; what is read: {READABLE}"
+        message = f"{name} is {looks_like(head)}; what is read: {READABLE}"
         raise DocumentError(415, message, code="unsupported_file")
     return kind
 
 
-def _heif_kind(head: bytes) -> Kind | None:
-    size = min(struct.unpack_from(">I", head)[0], len(head))
-    brands = {head[8:12], *(head[at : at + 4] for at in range(16, size - 3, 4))}
-    return next((kind for kind, known in _BRANDS.items() if brands & known), None)
-
-
-def _looks_like(head: bytes) -> str:
+def looks_like(head: bytes) -> str:
+    """Goes on from "it is", about a file that is not read."""
     for beginning, words in _OTHERS:
         if head.startswith(beginning):
             return words
@@ -110,3 +105,9 @@ def _looks_like(head: bytes) -> str:
         start = text.lstrip("\ufeff \t\r\n")[:20].lower()
         return "HTML or XML; print it to PDF" if start.startswith("<") else "plain text, whatever its name says"
     return "of an unknown kind"
+
+
+def _heif_kind(head: bytes) -> Kind | None:
+    size = min(struct.unpack_from(">I", head)[0], len(head))
+    brands = {head[8:12], *(head[at : at + 4] for at in range(16, size - 3, 4))}
+    return next((kind for kind, known in _BRANDS.items() if brands & known), None)
