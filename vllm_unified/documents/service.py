@@ -2,38 +2,51 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
 
-from vllm_unified.documents import joining, products, profiles
-from vllm_unified.documents.engine import Engine
-from vllm_unified.documents.fetching import AddressRule
-from vllm_unified.documents.figures import placed
+import msgspec
+
+from vllm_unified.documents import figures, joining, products, profiles, uploads, webhooks
+from vllm_unified.documents.answers import Rotation
+from vllm_unified.documents.engine import Answer, Engine, EngineError, InFlight, OcrModel
+from vllm_unified.documents.fetching import AddressRule, fetch
+from vllm_unified.documents.grounding import grounded
 from vllm_unified.documents.jobs import Jobs, Room, Status
+from vllm_unified.documents.kinds import HEAD_BYTES, Kind, require_kind
 from vllm_unified.documents.options import Options, pages_of
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
-from vllm_unified.documents.reading import read_page
-from vllm_unified.documents.rendering import Inspected, Renderer
-from vllm_unified.documents.store import Document, Store, Upload
-from vllm_unified.documents.uploads import Received
+from vllm_unified.documents.profiles import Profile
+from vllm_unified.documents.reading import read_page, request_of
+from vllm_unified.documents.rendering import Rendered, Renderer
+from vllm_unified.documents.store import Document, Store, Webhook
+from vllm_unified.documents.store import Upload as Accepted
+from vllm_unified.documents.uploads import Upload
 from vllm_unified.settings import Settings
 
+DAY_SECONDS = 86_400.0
 RETENTION_SECONDS = 60.0
-# Answers that a client waits for end with the job, however long that takes; proxies in between may be less patient.
-A_DAY = 86_400.0
+LOOK_SECONDS = 1.0
+FETCH_SECONDS = 300.0
+FETCHES = 4
 LAYOUT_SIDE = 1200  # pixels
 PAGES_AT_ONCE = 100  # of a result, read from the store
+# Answers that a client waits for end with the job, however long that takes; proxies in between may be less patient.
+LONGEST_JOB = 7 * DAY_SECONDS
+INPUT = "input"
 
+P = TypeVar("P")
 log = logging.getLogger(__name__)
-Task = Document
 
 
 @dataclass(frozen=True)
@@ -53,20 +66,354 @@ class Service:
     """One for the process. Between `start` and `stop` it works on what it has."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises UserError when its folder or its database can't be used."""
+        """Raises UserError when its database can't be used."""
         self.settings = settings
+        given = settings.documents
         self.folder = settings.home / "data" / "documents"
         self.incoming = self.folder / "incoming"
         self.incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.store = Store(self.folder / "documents.db")
         self.engine = Engine(settings.router_url, settings.require_api_key())
-        self.renderer = Renderer(max_pages=settings.documents.max_pages)
-        room = Room(pages=settings.documents.max_waiting_pages, pages_per_key=settings.documents.max_waiting_pages)
+        self.renderer = Renderer(max(2, (os.cpu_count() or 2) // 2), max_pages=given.max_pages)
+        room = Room(pages=given.max_waiting_pages, pages_per_key=given.max_waiting_pages)
         self.jobs = Jobs(self.store, self, self._limit, room=room)
-        self._tasks: list[asyncio.Task[None]] = []
+        self.allowed = AddressRule(tuple(given.allowed_networks), tuple(given.allowed_hosts))
+        # What holds where a client says nothing.
+        self.defaults = Options(dpi=given.dpi, retries=given.retries, join_pages=given.join_pages)
+        self.max_upload_bytes = given.max_upload_mib << 20
+        self._in_flight = InFlight()
+        self._reading = 0
+        self._fetches = asyncio.Semaphore(FETCHES)
+        self._beside: list[asyncio.Task[None]] = []
 
-    @property
-    def defaults(self) -> Options:
-        """What holds where a client says nothing."""
+    async def start(self) -> None:
+        await asyncio.to_thread(self._sweep)
+        await self.jobs.start()
+        works = (self._watch_engine, self._expire, self._tell_ends)
+        self._beside = [asyncio.create_task(_for_ever(work)) for work in works]
+
+    async def stop(self) -> None:
+        for task in self._beside:
+            task.cancel()
+        await asyncio.gather(*self._beside, return_exceptions=True)
+        await self.jobs.stop()
+        await self.renderer.__aexit__(None, None, None)
+        await self.engine.aclose()
+        self.store.close()
+
+    # What the paths ask for
+
+    async def submit(
+        self, upload: Upload, key: str, options: Options, kind: Literal["image", "pdf"], wishes: Wishes
+    ) -> Document:
+        """Accept a file, which belongs to its task from then on.
+
+        Raises DocumentError for what can't be read or is not allowed, 429 when too much waits.
+        """
+        try:
+            self.jobs.check_room(key)
+            model = await self.model()
+            profiles.check(options, model.profile(options))
+            inspected = await self.renderer.inspect(upload.path, upload.kind, options.password)
+            pages_of(options, inspected.pages)
+            if wishes.webhook_url:
+                await webhooks.check(wishes.webhook_url, wishes.webhook_secret, allowed=self.allowed)
+            accepted = Accepted(
+                id=uuid.uuid4().hex,
+                name=upload.name,
+                kind=kind,
+                key=key,
+                options=options,
+                size=upload.size,
+                idempotency_key=wishes.idempotency_key,
+                request_sha256=_digest(upload, options, wishes),
+                webhook_url=wishes.webhook_url,
+                webhook_secret=wishes.webhook_secret,
+            )
+            folder = self.folder_of(accepted.id)
+            await asyncio.to_thread(_move_in, upload.path, folder)
+            try:
+                document = await self.jobs.accept(accepted)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            if document.id != accepted.id:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            return document
+        finally:
+            upload.path.unlink(missing_ok=True)
+
+    async def wait(self, document: str) -> Status:
+        """For its end."""
+        return await self.jobs.wait(document, LONGEST_JOB)
+
+    async def pages(self, document: str) -> list[Page]:
+        """Those that were dealt with."""
+        return await asyncio.to_thread(lambda: list(self._pages(document)))
+
+    async def fetched(self, url: str) -> Upload:
+        """A file that stands at a client's URL. Raises DocumentError."""
+        folder = Path(tempfile.mkdtemp(dir=self.incoming))
+        try:
+            async with self._fetches:
+                found = await fetch(
+                    url, folder, max_bytes=self.max_upload_bytes, seconds=FETCH_SECONDS, allowed=self.allowed
+                )
+            name = uploads.safe_name(found.name)
+            kind = await asyncio.to_thread(_kind, found.path, name)
+            path = self.incoming / f"upload-{uuid.uuid4().hex}"
+            found.path.rename(path)
+            return Upload("url", name, path, found.size, found.sha256, kind)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def from_base64(self, text: str, name: str) -> Upload:
+        """Raises DocumentError."""
+        return await asyncio.to_thread(
+            uploads.save_base64, text, self.incoming, max_bytes=self.max_upload_bytes, name=name
+        )
+
+    async def ask_once(self, image: bytes, options: Options, key: str) -> str:
+        """The model's answer to the letter, to one question that is not kept. Raises DocumentError."""
+        model = await self.model()
+        profile = model.profile(options)
+        request = request_of(
+            profiles.prompt_of(options, profile),
+            image,
+            "image/png",
+            profiles.sampling(options, profile, temperature=0.0, stronger=False, max_model_len=model.max_model_len),
+            image_first=profile.image_first,
+            system=profile.system,
+        )
+        try:
+            return (await self.engine.ask(model.name, request, key)).text
+        except EngineError as error:
+            raise DocumentError(502, str(error), code="engine_error") from None
+
+    async def delete(self, document: str) -> None:
+        await self.jobs.delete(document)
+        await asyncio.to_thread(shutil.rmtree, self.folder_of(document), ignore_errors=True)
+
+    async def model(self) -> OcrModel:
+        """The model that documents are read with. Raises DocumentError 503."""
+        found = await self.engine.find()
+        if found is None:
+            message = "no model of the type ocr is served; name one in config/models.json, then ./deploy.sh reload"
+            raise DocumentError(503, message, code="no_ocr_model", headers={"retry-after": "30"})
+        return found
+
+    def folder_of(self, document: str) -> Path:
+        return self.folder / document
+
+    def products(self, document: str) -> list[str]:
+        return products.existing(self.folder_of(document))
+
+    # The jobs' work
+
+    async def inspect(self, document: Document) -> Sequence[int]:
+        path = self._input(document.id)
+        inspected = await self.renderer.inspect(path, _kind(path, document.name), document.options.password)
+        return pages_of(document.options, inspected.pages)
+
+    async def read(self, document: Document, number: int) -> Page:
+        model = await self.model()
+        options, profile = document.options, model.profile(document.options)
+        path = self._input(document.id)
+        kind = _kind(path, document.name)
+
+        async def rendered(rotation: Rotation = 0) -> Rendered:
+            return await self.renderer.render(
+                path,
+                kind,
+                number,
+                dpi=options.dpi,
+                longest_side=profiles.longest_side(options, profile),
+                password=options.password,
+                rotation=rotation,
+            )
+
+        image = await rendered()
+        self._reading += 1
+        try:
+            page = await read_page(
+                lambda request: self.engine.ask(model.name, request, document.key),
+                image.image,
+                image.media_type,
+                image.width,
+                image.height,
+                number,
+                options,
+                profile,
+                understand=grounded,
+                text_layer=image.text,
+                rotate=lambda rotation: _image_of(rendered(rotation)),
+                blank=image.blank,
+                max_model_len=model.max_model_len,
+            )
+        finally:
+            self._reading -= 1
+        if not options.extract_images:
+            return page
+        upright = await rendered(page.rotation) if page.rotation else image
+        return await self._with_figures(document, page, upright)
+
+    async def finish(self, document: Document) -> int:
+        loop = asyncio.get_running_loop()
+        return await asyncio.to_thread(self._write_products, document, loop)
+
+    async def _with_figures(self, document: Document, page: Page, image: Rendered) -> Page:
+        page = figures.named(page)
+        wanted = figures.boxes_of(page)
+        if wanted:
+            cut = await self.renderer.crop(image.image, tuple(wanted.values()))
+            await asyncio.to_thread(_write_figures, self.folder_of(document.id), dict(zip(wanted, cut, strict=True)))
+        return page
+
+    def _write_products(self, document: Document, loop: asyncio.AbstractEventLoop) -> int:
+        """In a thread; the pages' images for layout.pdf are drawn again by the renderer of `loop`."""
+        folder = self.folder_of(document.id)
+        path = self._input(document.id)
+        kind = _kind(path, document.name)
+        options = document.options
+
+        def joined() -> Iterator[str]:
+            pages = self._pages(document.id)
+            return (
+                piece.text
+                for piece in joining.joined(
+                    pages, running_heads=options.running_heads, join_pages=options.join_pages
+                )
+            )
+
+        rotations = {page.number: page.rotation for page in self._pages(document.id) if page.rotation}
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+            def image_of(number: int) -> Path | None:
+                drawing = self.renderer.render(
+                    path,
+                    kind,
+                    number,
+                    dpi=options.dpi,
+                    longest_side=LAYOUT_SIDE,
+                    password=options.password,
+                    rotation=rotations.get(number, 0),
+                )
+                try:
+                    drawn = asyncio.run_coroutine_threadsafe(drawing, loop).result()
+                except DocumentError:  # its reason stands with the page
+                    return None
+                file = Path(scratch) / "page"
+                file.write_bytes(drawn.image)
+                return file
+
+            products.write_products(
+                folder,
+                name=document.name,
+                pages=lambda: self._pages(document.id),
+                joined=joined,
+                formats=options.formats,
+                image_of=image_of,
+            )
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    # What goes on beside the jobs
+
+    async def _watch_engine(self) -> None:
+        """How many pages keep the engine busy."""
+        model = await self.engine.find()
+        if model is not None and self._reading:
+            queue = await self.engine.queue(model.name)
+            if queue is not None:
+                self._in_flight.observe(queue, self._reading, time.monotonic())
+        await asyncio.sleep(LOOK_SECONDS)
+
+    async def _expire(self) -> None:
         given = self.settings.documents
-        return Options(dpi=given.dpi, retries=given.retries, join_pages=given.join_pages)
+        before = time.time() - given.keep_days * DAY_SECONDS
+        for document in await asyncio.to_thread(self.store.expired, before, int(given.keep_gib * (1 << 30))):
+            with contextlib.suppress(DocumentError):  # somebody else was faster
+                await self.delete(document)
+                log.info("document %s: kept for its time, deleted", document)
+        await asyncio.sleep(RETENTION_SECONDS)
+
+    async def _tell_ends(self) -> None:
+        for due in await asyncio.to_thread(self.store.webhooks_due, time.time()):
+            await self._tell(due)
+        await asyncio.sleep(LOOK_SECONDS)
+
+    async def _tell(self, due: Webhook) -> None:
+        document = due.document
+        body = msgspec.json.encode(
+            {
+                "type": f"document.{document.state}",
+                "task_id": document.id,
+                "status": document.state,
+                "filename": document.name,
+                "pages": document.pages,
+                "pages_failed": document.failed,
+                "error_message": document.error or None,
+            }
+        )
+        headers = webhooks.headers(document.id, body, due.secret, int(time.time()))
+        outcome = await webhooks.deliver(due.url, body, headers, allowed=self.allowed)
+        pause = webhooks.next_attempt(due.attempts + 1) if outcome.state == "failed" else None
+        if outcome.state != "delivered":
+            log.warning("document %s: its webhook: %s", document.id, outcome.reason)
+        await asyncio.to_thread(self.store.webhook_tried, document.id, None if pause is None else time.time() + pause)
+
+    def _limit(self) -> int:
+        return self.settings.documents.pages_in_flight or self._in_flight.limit
+
+    def _sweep(self) -> None:
+        """At the start: uploads that never became a task, and folders of tasks that are gone."""
+        known = self.store.ids()
+        for path in [*self.incoming.iterdir(), *(each for each in self.folder.iterdir() if each.is_dir())]:
+            if path != self.incoming and path.name not in known:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _pages(self, document: str) -> Iterator[Page]:
+        last = 0
+        while found := self.store.results(document, last, PAGES_AT_ONCE):
+            yield from found
+            last = found[-1].number
+
+    def _input(self, document: str) -> Path:
+        return self.folder_of(document) / INPUT
+
+
+async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("%s", work.__name__)
+            await asyncio.sleep(RETENTION_SECONDS)
+
+
+async def _image_of(drawing: Coroutine[Any, Any, Rendered]) -> bytes:
+    return (await drawing).image
+
+
+def _kind(path: Path, name: str) -> Kind:
+    with path.open("rb") as file:
+        return require_kind(file.read(HEAD_BYTES), name)
+
+
+def _move_in(upload: Path, folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    upload.rename(folder / INPUT)
+
+
+def _write_figures(folder: Path, files: dict[str, bytes]) -> None:
+    """Each whole or not at all: a page that is read again after a kill writes the same names."""
+    (folder / "images").mkdir(exist_ok=True)
+    for asset, data in files.items():
+        beside = folder / f"{asset}.new"
+        beside.write_bytes(data)
+        beside.replace(folder / asset)
+
+
+def _digest(upload: Upload, options: Options, wishes: Wishes) -> str:
+    """Of everything that the client asked for."""
+    asked = msgspec.json.encode((upload.sha256, upload.name, options, wishes.webhook_url, wishes.webhook_secret))
+    return hashlib.sha256(asked).hexdigest()

@@ -1,8 +1,8 @@
 """What a client sends beside its key: files, options, wishes."""
 
+import asyncio
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from fastapi import Request
@@ -12,19 +12,23 @@ from vllm_unified.documents.api.callers import Caller
 from vllm_unified.documents.options import Options, options_in
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service, Wishes
-from vllm_unified.documents.uploads import Received
+from vllm_unified.documents.kinds import Kind
+from vllm_unified.documents.uploads import Upload
 
-WISHES = ("webhook_url", "webhook_secret", "wait")
+WISHES = ("webhook_url", "webhook_secret")
+LONGEST_IDEMPOTENCY_KEY = 255
+# With a document in base64 in it where a path takes one.
+LONGEST_JSON = 1 << 20
 
 
 @dataclass(frozen=True)
 class Form:
     fields: Mapping[str, str]
-    files: tuple[Received, ...]
+    files: tuple[Upload, ...]
     options: Options
     wishes: Wishes
 
-    def one_file(self) -> Received:
+    def one_file(self) -> Upload:
         """Raises DocumentError 400."""
         if len(self.files) != 1:
             message = f"send one file here, not {len(self.files)}" if self.files else "the form has no file in it"
@@ -33,3 +37,79 @@ class Form:
 
     def flag(self, name: str, *, default: bool) -> bool:
         return flag_in(self.fields, name, default=default)
+
+    async def unpacked(self, service: Service) -> list[Upload]:
+        """The files, with those in ZIPs in place of the ZIPs. Raises DocumentError 400 where there is none."""
+        found: list[Upload] = []
+        for upload in self.files:
+            if upload.kind is not Kind.ZIP:
+                found.append(upload)
+                continue
+            try:
+                inside = await asyncio.to_thread(
+                    uploads.unpack, upload, service.incoming, max_bytes=service.max_upload_bytes
+                )
+            finally:
+                upload.path.unlink(missing_ok=True)
+            found += inside.files
+        if not found:
+            raise DocumentError(400, "the form has no file in it", code="invalid_form")
+        return found
+
+
+async def received(
+    request: Request, caller: Caller, file_fields: Collection[str], known: Collection[str] = ()
+) -> tuple[Service, Form]:
+    """A multipart form. `known`: fields that the path reads itself. Raises DocumentError."""
+    service: Service = request.app.state.service
+    service.jobs.check_room(caller.key)
+    form = await uploads.receive_form(
+        request, service.incoming, max_bytes=service.max_upload_bytes, file_fields=file_fields
+    )
+    try:
+        return service, _form(request, service, form.fields, tuple(form.files), known)
+    except DocumentError:
+        for upload in form.files:
+            upload.path.unlink(missing_ok=True)
+        raise
+
+
+async def json_form(request: Request, known: Collection[str] = ()) -> tuple[Service, Form]:
+    """The same fields in a JSON object, without files. Raises DocumentError."""
+    service: Service = request.app.state.service
+    try:
+        given = msgspec.json.decode(await small_body(request), type=dict[str, bool | int | str | None])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DocumentError(400, f"the body is no JSON object of such fields: {error}", code="invalid_json") from None
+    fields = {name: str(value) for name, value in given.items() if value is not None}
+    return service, _form(request, service, fields, (), known)
+
+
+async def small_body(request: Request, limit: int = LONGEST_JSON) -> bytes:
+    """Raises DocumentError 413."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise DocumentError(413, f"the body is larger than {limit >> 20} MiB", code="too_large")
+    return bytes(body)
+
+
+def flag_in(fields: Mapping[str, str], name: str, *, default: bool) -> bool:
+    """Raises DocumentError 400."""
+    given = fields.get(name, "").strip().lower()
+    if given in ("", "true", "1", "yes", "on", "false", "0", "no", "off"):
+        return given in ("true", "1", "yes", "on") if given else default
+    raise DocumentError(400, f'{name}: "{given[:40]}" is neither true nor false', code="invalid_value")
+
+
+def _form(
+    request: Request, service: Service, fields: Mapping[str, str], files: tuple[Upload, ...], known: Collection[str]
+) -> Form:
+    options = options_in(fields, service.defaults, (*WISHES, *known))
+    wishes = Wishes(
+        request.headers.get("idempotency-key", "")[:LONGEST_IDEMPOTENCY_KEY],
+        fields.get("webhook_url", "").strip(),
+        fields.get("webhook_secret", "").strip(),
+    )
+    return Form(fields, files, options, wishes)

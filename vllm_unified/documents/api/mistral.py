@@ -8,12 +8,16 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from vllm_unified.documents.api.callers import Asking
+from vllm_unified.documents.api.forms import small_body
 from vllm_unified.documents.api.tasks import require_success, service_of
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service, Wishes
-from vllm_unified.documents.uploads import Received
+from vllm_unified.documents.uploads import Upload
+
+# All of it is in memory at once, with a document in base64 in it; larger ones are sent as forms, or fetched.
+LONGEST_BODY = 64 << 20
 
 router = APIRouter()
 
@@ -48,8 +52,8 @@ class Asked(msgspec.Struct):
 async def read(request: Request, caller: Asking) -> Response:
     """A document at an address, or in it; read before the answer comes."""
     service = service_of(request)
-    asked = _asked(await service.small_body(request))
-    service.require_model(asked.model)
+    asked = _asked(await small_body(request, LONGEST_BODY))
+    model = await service.model()
     upload = await _upload(service, asked.document)
     options = msgspec.structs.replace(service.defaults, pages=_from_one(asked.pages))
     task = await service.submit(upload, caller.key, options, "pdf", Wishes())
@@ -58,7 +62,7 @@ async def read(request: Request, caller: Asking) -> Response:
     require_success(status, pages)
     document = {
         "pages": [await asyncio.to_thread(_page, service, task.id, page, asked, options) for page in pages],
-        "model": await service.model_name(),
+        "model": model.name,
         "document_annotation": None,
         "usage_info": {"pages_processed": len(pages), "doc_size_bytes": upload.size},
     }
@@ -74,7 +78,7 @@ def _asked(body: bytes) -> Asked:
         raise DocumentError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
-async def _upload(service: Service, source: Source) -> Received:
+async def _upload(service: Service, source: Source) -> Upload:
     if source.type == "file":
         message = "document.type: files are not kept here; send the document in document_url, as a data: URL"
         raise DocumentError(400, message, code="invalid_value")
@@ -83,7 +87,7 @@ async def _upload(service: Service, source: Source) -> Received:
     if not url:
         raise DocumentError(400, f"document.{source.type} is missing", code="invalid_value")
     if url[:5].lower() == "data:":
-        return await service.from_data_url(url, source.document_name or "document")
+        return await service.from_base64(url, source.document_name)
     return await service.fetched(url)
 
 

@@ -12,7 +12,7 @@ from vllm_unified.documents.api.tasks import require_success
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service
-from vllm_unified.documents.uploads import Received
+from vllm_unified.documents.uploads import Upload
 
 FIELDS = ("output_format", "max_page_retries", "skip_cross_page_merge", "url")
 OUTPUTS = {"markdown": "result.md", "text": "result.txt"}
@@ -41,7 +41,7 @@ async def convert_url(request: Request, caller: Asking) -> Response:
         return _failed(error)
 
 
-async def _converted(service: Service, form: Form, upload: Received, key: str) -> Response:
+async def _converted(service: Service, form: Form, upload: Upload, key: str) -> Response:
     wanted = form.fields.get("output_format", "markdown").strip().lower()
     if wanted not in OUTPUTS:
         message = f"output_format: {wanted[:40]!r} is unknown; use markdown or text"

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hmac
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import msgspec
@@ -70,7 +71,7 @@ async def read_pdf(request: Request, caller: Asking) -> Response:
     require_success(status, pages)
     if wanted in OUTPUTS:
         file = service.folder_of(task.id) / OUTPUTS[wanted]
-        return FileResponse(file, filename=f"{service.stem(task)}{file.suffix}")
+        return FileResponse(file, filename=f"{PurePosixPath(task.name).stem}{file.suffix}")
     grounded = form.flag("grounding", default=True)
     document = {
         "success": True,
@@ -83,7 +84,7 @@ async def read_pdf(request: Request, caller: Asking) -> Response:
 
 @router.post("/internal/infer")
 async def infer(
-    request: Request, body: dict[str, Any], x_internal_token: Annotated[str, Header()] = ""
+    request: Request, caller: Asking, body: dict[str, Any], x_internal_token: Annotated[str, Header()] = ""
 ) -> dict[str, str]:
     """One question to the model, by a worker on this machine. The answer is the model's to the letter."""
     service = service_of(request)
@@ -105,7 +106,7 @@ async def infer(
             crop_mode=asked.crop_mode,
         )
     )
-    return {"text": await service.ask_once(image, options)}
+    return {"text": await service.ask_once(image, options, caller.key)}
 
 
 def _page(page: Page, *, grounded: bool) -> dict[str, Any]:

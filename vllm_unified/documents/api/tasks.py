@@ -16,7 +16,7 @@ from vllm_unified.documents.api.forms import received
 from vllm_unified.documents.jobs import Status
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
-from vllm_unified.documents.service import Service, Task
+from vllm_unified.documents.service import Service
 from vllm_unified.documents.store import Document, State
 
 # Proxies cut a silent connection at 60 to 120 seconds.
@@ -286,7 +286,7 @@ async def own_document(service: Service, caller: Caller, task_id: str) -> Docume
     return caller.require(await asyncio.to_thread(service.store.get, task_id))
 
 
-def require_success(status: Task | Status, pages: list[Page]) -> None:
+def require_success(status: Status, pages: list[Page]) -> None:
     """Raises DocumentError 502 where nothing came of any page, 409 where somebody cancelled it."""
     if status.state == "cancelled":
         raise DocumentError(409, "the task was cancelled", code="cancelled")

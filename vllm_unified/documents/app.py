@@ -1,0 +1,120 @@
+"""The document service as a whole: its paths, its errors, its life."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from vllm_unified import __version__
+from vllm_unified.documents.api import mistral, ocrflux, older, tasks
+from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.service import Service
+from vllm_unified.errors import UserError
+from vllm_unified.settings import Settings
+
+STOP_SECONDS = 5
+
+log = logging.getLogger(__name__)
+
+
+def create_app(service: Service) -> FastAPI:
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    # The documentation's pages are the router's.
+    app = FastAPI(title="vllm-unified documents", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = service
+    app.state.api_key = service.settings.require_api_key()
+    for each in (tasks, older, ocrflux, mistral):
+        app.include_router(each.router)
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_exception_handler(DocumentError, _answer_document_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(Exception, _answer_exception)
+    return app
+
+
+async def health(request: Request) -> Response:
+    """With the words of both earlier applications. 503 while no OCR model is ready."""
+    service: Service = request.app.state.service
+    model = await service.engine.find()
+    ready = model is not None and model.ready
+    document = {
+        "status": "healthy" if ready else "starting",
+        "model_loaded": ready,
+        "inference_engine": older.INFERENCE_ENGINE,
+        "vllm_configured": model is not None,
+        "vllm_healthy": ready,
+        "timestamp": time.time(),
+        "tasks": await asyncio.to_thread(service.store.counts),
+    }
+    return JSONResponse(document, 200 if ready else 503)
+
+
+def serve(settings: Settings) -> None:
+    """Until SIGTERM. Raises UserError where it can't listen or its database can't be used."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    # It would log each address that is asked, with what stands in it.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        create_app(Service(settings)),
+        host="127.0.0.1",
+        port=settings.documents.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit:  # uvicorn has said which address is taken
+        raise UserError(f"documents.port: 127.0.0.1:{settings.documents.port} can't be listened on") from None
+
+
+async def _answer_document_error(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, DocumentError):
+        raise error
+    return _error(error)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    what = {404: "no such path", 405: "this path does not take that method"}.get(error.status_code, str(error.detail))
+    message = f"{request.method} {json.dumps(request.url.path)[1:-1][:200]}: {what}"
+    code = "not_found" if error.status_code == 404 else "bad_request"
+    return _error(DocumentError(error.status_code, message, code=code, headers=error.headers))
+
+
+async def _answer_invalid(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return _error(DocumentError(400, f"{place}: {first['msg']}", code="invalid_value"))
+
+
+async def _answer_exception(_request: Request, error: Exception) -> Response:
+    log.error("a request failed", exc_info=error)
+    return _error(DocumentError(500, "the document service failed; run/logs/documents.log says why", code="internal_error"))
+
+
+def _error(error: DocumentError) -> Response:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    body: dict[str, Any] = {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
+    return JSONResponse(body, error.status, {**error.headers, "x-error-source": "documents"})
