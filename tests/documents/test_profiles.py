@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from vllm_unified.documents.options import Mode, Options
+from vllm_unified.documents.options import Options
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.profiles import (
     BY_NAME,

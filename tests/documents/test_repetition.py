@@ -5,7 +5,8 @@ import pytest
 
 from vllm_unified.documents.repetition import WINDOW, loop_at_end, without_loop
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew for evil queens".split()
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards make toxic brew for evil queens"
+WORDS = SENTENCE.split(" ")
 DICE = random.Random(7)
 PROSE = " ".join(DICE.choice(WORDS) for _ in range(400))
 CHINESE = "".join(
@@ -26,7 +27,7 @@ def boxes(count: int) -> str:
 
 LOOPS = {
     "words": "and so on, " * 40,
-    "a long sentence": (" ".join(WORDS) + ". ") * 5,
+    "a long sentence": f"{SENTENCE}. " * 5,
     "Chinese": "本页内容重复。" * 60,
     "cut off within a round": "The committee approves. " * 30 + "The commi",
     "longer than what is looked at": "over and over, " * (2 * WINDOW // 15),

@@ -141,8 +141,8 @@ PROFILES = (
         "HunyuanOCR",
         ("hunyuanocr",),
         {
-            "markdown": "提取文档图片中正文的所有信息用 markdown 格式表示，其中页眉、页脚部分忽略，表格用 html 格式表达，"
-            "文档中公式用 latex 格式表示，按照阅读顺序组织进行解析。",
+            "markdown": "提取文档图片中正文的所有信息用 markdown 格式表示，其中页眉、页脚部分忽略，"
+            "表格用 html 格式表达，文档中公式用 latex 格式表示，按照阅读顺序组织进行解析。",
             "ocr": "提取图中的文字。",
             "free": "提取图中的文字。",
             "figure": "解析图中的图表，对于流程图使用 Mermaid 格式表示，其他图表使用 Markdown 格式表示。",
