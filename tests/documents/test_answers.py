@@ -59,10 +59,10 @@ def test_noise(answer: str, noise: float) -> None:
         (
             "<|ref|>text<|/ref|><|det|>[[1, 2, x]]<|/det|>\nA",
             Found((Block("text", "A"),), ("no box",)),
-            "1 places are marked and 0 have a box",
+            "has 1 places, of which 0 are boxes",
             "A",
         ),
-        ("<|ref|>text", Found((Block("", "text"),)), "0 places are marked and 0 have a box", "text"),
+        ("<|ref|>text", Found((Block("", "text"),)), "has 0 places, of which 0 are boxes", "text"),
     ],
 )
 def test_grounding_is_left_to_its_parser(answer: str, found: Found, malformed: str, markdown: str) -> None:

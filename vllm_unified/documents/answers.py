@@ -24,6 +24,9 @@ class Grounded(Protocol):
 
 # The answer, width and height of the image in pixels.
 Understand = Callable[[str, int, int], Grounded]
+# Degrees clockwise.
+Rotation = Literal[0, 90, 180, 270]
+_ROTATIONS: tuple[Rotation, ...] = (90, 180, 270)
 
 
 class Understood(msgspec.Struct, frozen=True):
@@ -35,7 +38,7 @@ class Understood(msgspec.Struct, frozen=True):
     blocks: tuple[Block, ...] = ()
     warnings: tuple[str, ...] = ()
     malformed: str = ""
-    rotation: int = 0
+    rotation: Rotation = 0
 
     @property
     def markdown(self) -> str:
@@ -76,11 +79,11 @@ def noise_in(answer: str) -> float:
 
 def _grounding(answer: str, width: int, height: int, understand: Understand) -> Understood:
     found = understand(answer, width, height)
-    boxed = sum(bool(block.boxes) for block in found.blocks)
+    boxes = sum(len(block.boxes) for block in found.blocks)
     marks = answer.count("<|det|>")
-    if not boxed and not marks and "<|ref|>" not in answer:  # a mode without boxes
+    if not boxes and not marks and "<|ref|>" not in answer:  # a mode without boxes
         return Understood(paragraphs(answer), tuple(found.warnings))
-    malformed = "" if 2 * boxed >= max(1, marks) else f"{marks} places are marked and {boxed} have a box"
+    malformed = "" if 2 * boxes >= max(1, marks) else f"has {marks} places, of which {boxes} are boxes"
     blocks = tuple(found.blocks) or paragraphs(answer)
     return Understood(blocks, tuple(found.warnings), malformed)
 
@@ -130,13 +133,14 @@ def _ocrflux(answer: str, width: int, height: int) -> Understood:
     text = _unfenced(SPECIAL_TOKEN.sub("", answer).strip())
     page = _json_object(text)
     natural_text = page.get("natural_text", "")
-    rotation, malformed = 0, ""
+    rotation: Rotation = 0
+    malformed = ""
     if isinstance(natural_text, str | None) and page:
-        if page.get("is_rotation_valid") is False and page.get("rotation_correction") in (90, 180, 270):
-            rotation = int(page["rotation_correction"])
+        if page.get("is_rotation_valid") is False:
+            rotation = next((each for each in _ROTATIONS if each == page.get("rotation_correction")), 0)
     else:
         natural_text = _half_of_natural_text(text)
-        malformed = "it is not the JSON that the model was trained to answer with"
+        malformed = "is not the JSON that the model was trained to write"
         if natural_text is None:
             natural_text = "" if text.startswith("{") else text
     blocks = tuple(_element(block, width, height) for block in paragraphs(_printable(natural_text or "")))
@@ -228,11 +232,14 @@ _HEADING = re.compile(r"section_header_level_([0-5])")
 _LOCATIONS = 500  # per side
 _DEEPEST = 8
 _LABELS = {"page_header": "page-header", "paragraph": "text", "otsl": "table", "document_index": "table"}
-_ELEMENTS = frozenset(
-    "title text paragraph caption footnote formula list_item page_header page_footer picture chart otsl table "
-    "document_index code form key_value_region reference checkbox_selected checkbox_unselected smiles".split()
-)
-_AROUND = frozenset("doctag ordered_list unordered_list inline page_break".split())
+# fmt: off
+_ELEMENTS = frozenset((
+    "title", "text", "paragraph", "caption", "footnote", "formula", "list_item", "page_header", "page_footer",
+    "picture", "chart", "otsl", "table", "document_index", "code", "form", "key_value_region", "reference",
+    "checkbox_selected", "checkbox_unselected", "smiles",
+))
+# fmt: on
+_AROUND = frozenset({"doctag", "ordered_list", "unordered_list", "inline", "page_break"})
 _CELLS: dict[str, Kind] = {
     "fcel": "td",
     "ecel": "td",
@@ -332,7 +339,7 @@ def _doctags(answer: str, width: int, height: int) -> Understood:
             opened[-1].take(name)
     opened[-1].say(text[behind:])
     if not known:
-        return Understood(paragraphs(text), malformed="it has none of the tags of DocTags")
+        return Understood(paragraphs(text), malformed="has none of the tags that the model was trained to write")
     blocks = (element.block(width, height) for element in elements)
     return Understood(tuple(block for block in blocks if block.text or block.boxes))
 
