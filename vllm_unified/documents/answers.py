@@ -280,14 +280,10 @@ class _Element:
         texts.append(text)
 
     def block(self, width: int, height: int) -> Block:
-        numbers = self.locations[: len(self.locations) // 4 * 4]
+        x, y = width / _LOCATIONS, height / _LOCATIONS
         boxes = tuple(
-            _clamped(
-                *(place * side // _LOCATIONS for place, side in zip(four, (width, height) * 2, strict=True)),
-                width,
-                height,
-            )
-            for four in zip(*[iter(numbers)] * 4, strict=True)
+            _clamped(int(x1 * x), int(y1 * y), int(x2 * x), int(y2 * y), width, height)
+            for x1, y1, x2, y2 in zip(*[iter(self.locations)] * 4, strict=False)
         )
         text = "".join(self.texts).strip()
         if rows := [row for row in self.rows if row]:
