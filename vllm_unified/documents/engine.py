@@ -10,6 +10,9 @@ import httpx
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_unified.documents.options import Options
+from vllm_unified.documents.profiles import Profile, profile_of
+
 MOST_IN_FLIGHT = 64
 CONNECT_SECONDS = 10.0
 # A page of 8192 tokens at 10 tokens a second, which is a slow engine under load.
@@ -25,6 +28,8 @@ MOST_BREAKS = 3
 MOST_ANSWER_BYTES = 4 << 20
 LONGEST_WORDS = 500
 METRICS_SECONDS = 10.0
+# How old may be what is known of the models.
+FOUND_SECONDS = 5.0
 
 _COME_BACK = frozenset({429, 503})
 _BROKEN = frozenset({502, 504})
@@ -55,6 +60,33 @@ class Queue(msgspec.Struct, frozen=True):
     waiting: int
 
 
+class OcrModel(msgspec.Struct, frozen=True):
+    """The first model of the type ocr. `max_model_len`: its context in tokens, where that is known."""
+
+    name: str
+    path: str
+    max_model_len: int | None
+    ready: bool
+
+    def profile(self, options: Options) -> Profile:
+        """Raises DocumentError 400 where the options name one that there is not."""
+        return profile_of((self.name, self.path), options.profile)
+
+
+class _Listed(msgspec.Struct):
+    """An entry of the router's /models, or of its /v1/models."""
+
+    id: str
+    type: str = ""
+    path: str | None = None
+    max_model_len: int | None = None
+    state: str = ""
+
+
+class _List(msgspec.Struct):
+    data: list[_Listed]
+
+
 class _Message(msgspec.Struct):
     content: str | None = None
 
@@ -82,17 +114,19 @@ class _Refusal(msgspec.Struct):
     error: _Said = msgspec.field(default_factory=_Said)
 
 
+_list = msgspec.json.Decoder(_List)
 _completion = msgspec.json.Decoder(_Completion)
 _refusal = msgspec.json.Decoder(_Refusal)
 
 
 class Engine:
-    """The OCR model `model`, as the router at `url` serves it. `key`: the deployment's own."""
+    """The models of the type ocr, as the router at `url` serves them. `key`: the deployment's own."""
 
     def __init__(
-        self, url: str, key: str, model: str, *, patience: float = PATIENCE_SECONDS, read_seconds: float = READ_SECONDS
+        self, url: str, key: str, *, patience: float = PATIENCE_SECONDS, read_seconds: float = READ_SECONDS
     ) -> None:
-        self.model = model
+        self._found: OcrModel | None = None
+        self._found_at = float("-inf")
         self._patience = patience
         self._read_seconds = read_seconds
         self._client = httpx.AsyncClient(
@@ -108,13 +142,35 @@ class Engine:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def ask(self, request: Mapping[str, Any], on_behalf_of: str = "") -> Answer:
+    async def find(self) -> OcrModel | None:
+        """As it was FOUND_SECONDS ago or later: a reload may name another. None: there is none, or no router."""
+        if time.monotonic() - self._found_at > FOUND_SECONDS:
+            try:
+                self._found = await self._look()
+                self._found_at = time.monotonic()
+            except (httpx.HTTPError, msgspec.MsgspecError):
+                return self._found
+        return self._found
+
+    async def _look(self) -> OcrModel | None:
+        listed, told = await self._listed("/models"), await self._listed("/v1/models")
+        first = next((each for each in listed if each.type == "ocr"), None)
+        if first is None:
+            return None
+        known = next((each for each in told if each.id == first.id), first)
+        return OcrModel(first.id, first.path or "", known.max_model_len, known.state == "ready")
+
+    async def _listed(self, path: str) -> list[_Listed]:
+        answer = await self._client.get(path, timeout=METRICS_SECONDS)
+        return _list.decode(answer.raise_for_status().content).data
+
+    async def ask(self, model: str, request: Mapping[str, Any], on_behalf_of: str = "") -> Answer:
         """`request`: a chat completion's fields but for the model. `on_behalf_of`: whose key the page is charged to.
 
         Waits while the engine is full or away, and sends the page again when the connection breaks. Raises
         EngineError.
         """
-        body = msgspec.json.encode({**request, "model": self.model})
+        body = msgspec.json.encode({**request, "model": model})
         headers = {b"content-type": b"application/json"}
         if on_behalf_of:
             headers[b"x-on-behalf-of"] = on_behalf_of.encode("utf-8")
@@ -150,13 +206,13 @@ class Engine:
             await asyncio.sleep(seconds)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    async def queue(self) -> Queue | None:
+    async def queue(self, model: str) -> Queue | None:
         """What waits in the model's engines now; None where they do not say, as those of another machine."""
         try:
             response = await self._client.get("/metrics/engines", timeout=METRICS_SECONDS)
         except httpx.HTTPError:
             return None
-        return _queue(response.text, self.model) if response.status_code == 200 else None
+        return _queue(response.text, model) if response.status_code == 200 else None
 
     async def _post(self, body: bytes, headers: Mapping[bytes, bytes]) -> tuple[httpx.Response, bytes]:
         async with self._client.stream("POST", "/v1/chat/completions", content=body, headers=headers) as response:
