@@ -9,7 +9,14 @@ from pathlib import Path
 
 from vllm_unified.settings.environment import OWN_VARIABLES, PORT_VARIABLE, Environment
 from vllm_unified.settings.keys import KeyEntry
-from vllm_unified.settings.schema import Endpoint, ModelEntry, ModelsFile, RouterSettings, SystemSettings
+from vllm_unified.settings.schema import (
+    DocumentsSettings,
+    Endpoint,
+    ModelEntry,
+    ModelsFile,
+    RouterSettings,
+    SystemSettings,
+)
 
 CHECKOUT = Path(__file__).parents[1]
 OLDER_NAMES = {"served_model_names": "aliases", "gpus": "cuda_device"}
@@ -29,8 +36,12 @@ def readme(text: str) -> str:
     ]
     endpoint_fields = [(f"`{name}`", str(field.description)) for name, field in Endpoint.model_fields.items()]
     sections = [
-        (f"`{section}.{name}`", f"{field.description} (default {_shown(field.default)})")
-        for section, holder in (("router", RouterSettings), ("system", SystemSettings))
+        (f"`{section}.{name}`", f"{field.description}{_shown(field.default)}")
+        for section, holder in (
+            ("router", RouterSettings),
+            ("system", SystemSettings),
+            ("documents", DocumentsSettings),
+        )
         for name, field in holder.model_fields.items()
     ]
     variables = [
@@ -55,10 +66,17 @@ def readme(text: str) -> str:
     return text
 
 
-def _shown(default: bool | float | list[str]) -> str:
+def _shown(default: bool | float | list[str] | None) -> str:
+    """Nothing where the description says it."""
+    if default is None:
+        return ""
     if isinstance(default, bool):
-        return str(default).lower()
-    return (", ".join(default) or "none") if isinstance(default, list) else f"{default:g}"
+        said = str(default).lower()
+    elif isinstance(default, list):
+        said = ", ".join(default) or "none"
+    else:
+        said = f"{default:g}"
+    return f" (default {said})"
 
 
 def main() -> None:

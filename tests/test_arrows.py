@@ -21,11 +21,13 @@ ALLOWED: dict[str, set[str]] = {
     "engines": BASE | {"settings"},
     "supervision": BASE | {"settings", "engines"},
     "router": BASE | {"settings"},
+    "documents": BASE | {"settings"},
     "machine": BASE | {"settings", "engines"},
     "console": BASE | {"settings", "engines", "supervision"},
     "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},
-    "cli": BASE | {"settings", "engines", "supervision", "router", "machine", "console", "operations", "selftest"},
+    "cli": BASE
+    | {"settings", "engines", "supervision", "router", "documents", "machine", "console", "operations", "selftest"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import API_KEY, Project
-from tests.settings.test_every_field_is_read import MODEL_FIELDS, ROUTER_FIELDS, SYSTEM_FIELDS, VARIABLES
+from tests.settings.test_every_field_is_read import MODEL_FIELDS, ROUTER_FIELDS, SECTION_FIELDS, VARIABLES
 from vllm_unified.settings import Settings
 from vllm_unified.settings.changes import (
     LIVE_FIELDS,
@@ -43,7 +43,7 @@ def test_no_field_is_forgotten() -> None:
     assert LIVE_FIELDS.isdisjoint(RESTART_FIELDS)
     assert set(RouterSettings.model_fields) == {*LIVE_ROUTER_FIELDS, *RESTART_ROUTER_FIELDS}
     assert LIVE_ROUTER_FIELDS.isdisjoint(RESTART_ROUTER_FIELDS)
-    compared = {"models", "disabled", "router", "system", "environment", "engine_args", "engine_env"}
+    compared = {"models", "disabled", "router", "system", "documents", "environment", "engine_args", "engine_env"}
     # Those of a deployment stay, and the keys that the variables hold stand in `models`.
     assert {field.name for field in fields(Settings)} == {*compared, "home", "file", "endpoint_variables"}
 
@@ -97,12 +97,14 @@ def test_a_field_of_the_router(project: Project, field: str) -> None:
         assert (found.applied, found.settings) == ([], old)
 
 
-@pytest.mark.parametrize("field", SYSTEM_FIELDS)
-def test_a_field_of_the_system(project: Project, field: str) -> None:
+@pytest.mark.parametrize(
+    ("section", "field"), [(name, field) for name in ("system", "documents") for field in SECTION_FIELDS[name]]
+)
+def test_a_field_that_waits_for_a_restart_of_all(project: Project, section: str, field: str) -> None:
     old = loaded(project, {"chat": CHAT})
-    found = changes(old, loaded(project, {"chat": CHAT}, system={field: SYSTEM_FIELDS[field][0]}))
+    found = changes(old, loaded(project, {"chat": CHAT}, **{section: {field: SECTION_FIELDS[section][field][0]}}))
     assert [(what.partition(":")[0], command) for what, command in waiting(found)] == [
-        (f"system.{field}", "./deploy.sh restart")
+        (f"{section}.{field}", "./deploy.sh restart")
     ]
     assert found.settings == old
 

@@ -17,6 +17,7 @@ from vllm_unified.router.registry import Registry
 from vllm_unified.settings import Settings, load
 from vllm_unified.settings.environment import OWN_VARIABLES
 from vllm_unified.settings.schema import (
+    DocumentsSettings,
     Endpoint,
     EngineDefaults,
     ModelEntry,
@@ -113,9 +114,10 @@ def test_no_field_is_forgotten() -> None:
     assert set(MODEL_FIELDS) == set(ModelEntry.model_fields)
     assert set(ROUTER_FIELDS) == set(RouterSettings.model_fields)
     assert set(SYSTEM_FIELDS) == set(SystemSettings.model_fields)
+    assert set(DOCUMENTS_FIELDS) == set(DocumentsSettings.model_fields)
     assert set(ENDPOINT_FIELDS) == set(Endpoint.model_fields)
     assert set(VARIABLES) == set(OWN_VARIABLES)
-    assert set(ModelsFile.model_fields) == {"schema_file", "models", "router", "system"}
+    assert set(ModelsFile.model_fields) == {"schema_file", "models", "router", "system", "documents"}
     assert set(EngineDefaults.model_fields) == {*SECTIONS, "env"}
 
 
@@ -163,6 +165,27 @@ SYSTEM_FIELDS: dict[str, tuple[Any, Effect]] = {
 }
 
 
+def of_documents(field: str) -> Effect:
+    return lambda settings: getattr(settings.documents, field)
+
+
+# All of them are seen at work in tests/documents.
+DOCUMENTS_FIELDS: dict[str, tuple[Any, Effect]] = {
+    "port": (8011, lambda settings: settings.documents_url),
+    "max_upload_mib": (1, of_documents("max_upload_mib")),
+    "max_pages": (2, of_documents("max_pages")),
+    "max_waiting_pages": (9, of_documents("max_waiting_pages")),
+    "pages_in_flight": (3, of_documents("pages_in_flight")),
+    "dpi": (72, of_documents("dpi")),
+    "retries": (0, of_documents("retries")),
+    "join_pages": (False, of_documents("join_pages")),
+    "keep_days": (1.0, of_documents("keep_days")),
+    "keep_gib": (1.0, of_documents("keep_gib")),
+    "allowed_networks": (["10.1.0.0/16"], of_documents("allowed_networks")),
+    "allowed_hosts": (["files.example"], of_documents("allowed_hosts")),
+}
+
+
 # All of them are seen at work in tests/router.
 ENDPOINT_FIELDS: dict[str, Any] = {
     "url": "https://gpu-3:8000",
@@ -184,12 +207,15 @@ def test_a_field_of_an_endpoint(project: Project, field: str) -> None:
     assert getattr(project.load().models[0].endpoints[0], field) == value
 
 
+SECTION_FIELDS = {"router": ROUTER_FIELDS, "system": SYSTEM_FIELDS, "documents": DOCUMENTS_FIELDS}
+
+
 @pytest.mark.parametrize(
     ("section", "field"),
-    [*(("router", field) for field in ROUTER_FIELDS), *(("system", field) for field in SYSTEM_FIELDS)],
+    [(section, field) for section, fields in SECTION_FIELDS.items() for field in fields],
 )
-def test_a_field_of_router_and_system(project: Project, section: str, field: str) -> None:
-    value, effect = {**ROUTER_FIELDS, **SYSTEM_FIELDS}[field]
+def test_a_field_of_a_section(project: Project, section: str, field: str) -> None:
+    value, effect = SECTION_FIELDS[section][field]
     project.write({"chat": BASE})
     before = effect(project.load())
     project.write({"chat": BASE}, **{section: {field: value}})
@@ -209,6 +235,12 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
+    "INTERNAL_API_TOKEN": ("secret", lambda settings: settings.environment.internal_api_token),
+    "MAX_UPLOAD_SIZE_MB": ("7", of_documents("max_upload_mib")),
+    "PDF_MAX_CONCURRENCY": ("7", of_documents("pages_in_flight")),
+    "PDF_WORKER_DPI": ("77", of_documents("dpi")),
+    "MAX_PAGE_RETRIES": ("7", of_documents("retries")),
+    "SKIP_CROSS_PAGE_MERGE": ("true", of_documents("join_pages")),
 }
 
 

@@ -111,7 +111,9 @@ async def _answer_invalid(_request: Request, error: Exception) -> Response:
 
 async def _answer_exception(_request: Request, error: Exception) -> Response:
     log.error("a request failed", exc_info=error)
-    return _error(DocumentError(500, "the document service failed; run/logs/documents.log says why", code="internal_error"))
+    return _error(
+        DocumentError(500, "the document service failed; run/logs/documents.log says why", code="internal_error")
+    )
 
 
 def _error(error: DocumentError) -> Response:

@@ -140,7 +140,9 @@ def _choices(field: str) -> str:
 def _mode(given: str) -> str:
     name = given.lower()
     if name in GONE_MODES:
-        message = f'the mode "{name}" asked for what no OCR model was trained on; take markdown, where tables are tables'
+        message = (
+            f'the mode "{name}" asked for what no OCR model was trained on; take markdown, where tables are tables'
+        )
         raise _invalid(message)
     return OLDER_MODES.get(name, name)
 

@@ -9,16 +9,16 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from vllm_unified.documents import figures, joining, products, profiles, uploads, webhooks
 from vllm_unified.documents.answers import Rotation
-from vllm_unified.documents.engine import Answer, Engine, EngineError, InFlight, OcrModel
+from vllm_unified.documents.engine import Engine, EngineError, InFlight, OcrModel
 from vllm_unified.documents.fetching import AddressRule, fetch
 from vllm_unified.documents.grounding import grounded
 from vllm_unified.documents.jobs import Jobs, Room, Status
@@ -26,7 +26,6 @@ from vllm_unified.documents.kinds import HEAD_BYTES, Kind, require_kind
 from vllm_unified.documents.options import Options, pages_of
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
-from vllm_unified.documents.profiles import Profile
 from vllm_unified.documents.reading import read_page, request_of
 from vllm_unified.documents.rendering import Rendered, Renderer
 from vllm_unified.documents.store import Document, Store, Webhook
@@ -280,9 +279,7 @@ class Service:
             pages = self._pages(document.id)
             return (
                 piece.text
-                for piece in joining.joined(
-                    pages, running_heads=options.running_heads, join_pages=options.join_pages
-                )
+                for piece in joining.joined(pages, running_heads=options.running_heads, join_pages=options.join_pages)
             )
 
         rotations = {page.number: page.rotation for page in self._pages(document.id) if page.rotation}

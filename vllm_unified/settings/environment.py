@@ -54,7 +54,10 @@ class Environment(BaseModel):
 
     # Of the document service, under the names that its forerunners had.
     internal_api_token: str | None = Field(
-        default=None, alias="INTERNAL_API_TOKEN", description="what /internal/infer wants; closed without it", repr=False
+        default=None,
+        alias="INTERNAL_API_TOKEN",
+        description="what /internal/infer wants; closed without it",
+        repr=False,
     )
     max_upload_mib: int | None = Field(
         default=None, alias="MAX_UPLOAD_SIZE_MB", ge=1, le=65536, description="wins over documents.max_upload_mib"
@@ -62,9 +65,7 @@ class Environment(BaseModel):
     pages_in_flight: int | None = Field(
         default=None, alias="PDF_MAX_CONCURRENCY", ge=1, le=1024, description="wins over documents.pages_in_flight"
     )
-    dpi: int | None = Field(
-        default=None, alias="PDF_WORKER_DPI", ge=36, le=600, description="wins over documents.dpi"
-    )
+    dpi: int | None = Field(default=None, alias="PDF_WORKER_DPI", ge=36, le=600, description="wins over documents.dpi")
     retries: int | None = Field(
         default=None, alias="MAX_PAGE_RETRIES", ge=0, le=10, description="wins over documents.retries"
     )

@@ -9,10 +9,10 @@ from fastapi import Request
 
 from vllm_unified.documents import uploads
 from vllm_unified.documents.api.callers import Caller
+from vllm_unified.documents.kinds import Kind
 from vllm_unified.documents.options import Options, options_in
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service, Wishes
-from vllm_unified.documents.kinds import Kind
 from vllm_unified.documents.uploads import Upload
 
 WISHES = ("webhook_url", "webhook_secret")
