@@ -16,6 +16,7 @@ from vllm_unified.settings.changes import (
     Changes,
     changes,
 )
+from vllm_unified.settings.environment import SECRET_VARIABLES
 from vllm_unified.settings.schema import Endpoint, ModelEntry, RouterSettings
 
 CHAT = {"name": "c", "type": "chat", "repo": "someone/model"}
@@ -109,6 +110,16 @@ def test_a_field_that_waits_for_a_restart_of_all(project: Project, section: str,
     assert found.settings == old
 
 
+FIELDS_OF_VARIABLES = {
+    "VLLM_ROUTER_PORT": "router.port",
+    "MAX_UPLOAD_SIZE_MB": "documents.max_upload_mib",
+    "PDF_MAX_CONCURRENCY": "documents.pages_in_flight",
+    "PDF_WORKER_DPI": "documents.dpi",
+    "MAX_PAGE_RETRIES": "documents.retries",
+    "SKIP_CROSS_PAGE_MERGE": "documents.join_pages",
+}
+
+
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_a_variable_of_the_machine(project: Project, variable: str) -> None:
     models = {kind: {"name": kind, "type": kind} for kind in ("chat", "embedding", "rerank", "ocr")}
@@ -120,8 +131,8 @@ def test_a_variable_of_the_machine(project: Project, variable: str) -> None:
     else:
         ((what, command),) = waiting(found)
         assert command == "./deploy.sh restart"
-        assert what.startswith("router.port: " if variable == "VLLM_ROUTER_PORT" else f"{variable}: ")
-    if variable in ("VLLM_API_KEY", "HF_TOKEN"):
+        assert what.startswith(f"{FIELDS_OF_VARIABLES.get(variable, variable)}: ")
+    if variable in SECRET_VARIABLES:
         assert value not in str(found.document())
 
 
