@@ -7,7 +7,6 @@ import asyncio
 import ipaddress
 import logging
 import time
-from urllib.parse import urlsplit
 
 from vllm_unified.router.forward import NOT_ANSWERED, NOT_FORWARDED, Forwarding, named_by_connection
 from vllm_unified.router.keys import Key
@@ -90,14 +89,13 @@ class Documents:
         self.replica = Replica(NAME, endpoint, "", local=True)
         # A connection that is used again may end as a request begins on it, and an upload can't be sent twice.
         self.replica.retire()
-        parts = urlsplit(url)
-        self._host, self._port = parts.hostname, parts.port
 
     async def connect(self) -> UploadConnection:
         """Raises OSError."""
+        replica = self.replica
         async with asyncio.timeout(CONNECT_SECONDS):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: UploadConnection(self.replica), self._host, self._port
+                lambda: UploadConnection(replica), replica.host, replica.port
             )
         if not connection.is_open:
             raise ConnectionResetError("it closed the connection")

@@ -377,8 +377,8 @@ class ClientConnection(Sender, asyncio.Protocol):
         try:
             self._check(request)
             self._server.handler.admit(request)
-            if request.length > self._server.handler.max_body_bytes:
-                self._check_length(request)
+            if request.length > self._server.handler.max_body_bytes and request.longest_upload is None:
+                raise too_large(self._server.handler.max_body_bytes)
         except RequestError as refusal:
             request.refusal = refusal
             self._collecting = False
@@ -389,7 +389,7 @@ class ClientConnection(Sender, asyncio.Protocol):
         """Ask for it, give it its time, or say at once that the request is refused."""
         if request.longest_upload is not None and request.refusal is None:
             if not self._pipeline and not self._lingering:
-                self._start_upload(request)
+                self._start_upload(request, request.longest_upload)
             return
         to_come = request.length
         chunked = b"transfer-encoding" in request.fields
@@ -416,13 +416,6 @@ class ClientConnection(Sender, asyncio.Protocol):
                 raise _head_too_large()
         if request.version != "1.1" and request.version != "1.0":
             raise RequestError(505, "speak HTTP/1.1", code="http_version_not_supported")
-
-    def _check_length(self, request: Request) -> None:
-        """Of one that is larger than most may be."""
-        if request.longest_upload is None:
-            raise too_large(self._server.handler.max_body_bytes)
-        if request.length > request.longest_upload:
-            raise upload_too_large(request.longest_upload)
 
     def on_chunk_header(self) -> None:
         self._in_trailers = True  # unless a body follows
@@ -473,11 +466,14 @@ class ClientConnection(Sender, asyncio.Protocol):
 
     # --- inside ---
 
-    def _start_upload(self, request: Request) -> None:
-        """Its answer begins with its head, and takes the body; some of it came while another was answered."""
+    def _start_upload(self, request: Request, longest: int) -> None:
+        """Its work begins with its head, and takes the body; some of it may have come while another was answered."""
+        if request.length > longest:
+            self._refuse(upload_too_large(longest))
+            return
         self._request = request
         request.came_at = NOT_WHOLE
-        self._may_throw_away = request.longest_upload or 0
+        self._may_throw_away = longest
         self._collecting = False
         came, self._body = self._body, []
         try:
