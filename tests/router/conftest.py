@@ -24,6 +24,7 @@ class Deployment:
         self.project = project
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.ports: dict[str, int] = {}
+        self.router_command = [sys.executable, "-m", "vllm_unified", "router"]
 
     def start(self, models: dict[str, dict[str, Any]], **router: Any) -> None:
         """`models`: key → fields of the entry, and under `fake` how its engine behaves.
@@ -45,7 +46,7 @@ class Deployment:
         environ = {**os.environ, "VLLM_UNIFIED_HOME": str(self.project.home), "VLLM_API_KEY": API_KEY}
         with self.log.open("ab") as log:
             self.processes["router"] = subprocess.Popen(
-                [sys.executable, "-m", "vllm_unified", "router"], env=environ, cwd=CHECKOUT, stdout=log, stderr=log
+                self.router_command, env=environ, cwd=CHECKOUT, stdout=log, stderr=log
             )
         with self.client() as client:
             eventually(lambda: is_alive(client), 60)

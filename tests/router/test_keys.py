@@ -74,6 +74,16 @@ def test_a_limit_stops_the_third_request(
     asks(key, 1, NOW + 5 + expected)
 
 
+def test_a_document_counts_as_a_request_and_takes_no_place(clock: Callable[[datetime], None]) -> None:
+    key = Key(entry(requests_per_minute=3, max_concurrent=1))
+    key.enter(NOW)
+    for _ in range(2):
+        key.submit(NOW)
+    assert key.in_flight == 1
+    with pytest.raises(RequestError, match="requests_per_minute"):
+        key.submit(NOW)
+
+
 def test_a_refused_request_counts_nowhere(clock: Callable[[datetime], None]) -> None:
     key = Key(entry(requests_per_minute=1))
     asks(key, 5, NOW)

@@ -26,7 +26,7 @@ from tests.router.conftest import Deployment
 from tests.router.wire import AUTHORIZED, Client, CutError, Engine, chunked, post, request
 from vllm_unified.router import server as server_module
 from vllm_unified.router.problems import RequestError
-from vllm_unified.router.server import ClientConnection, Request, Server, Work
+from vllm_unified.router.server import ClientConnection, Request, Server, Upload, Work
 
 CHAT, EMBED = "/v1/chat/completions", "/v1/embeddings"
 ORIGIN = "https://app.example"
@@ -456,18 +456,26 @@ def test_who_sends_too_much_can_read_why(client: Client, length: bool) -> None:
 
 
 class Tiny:
-    """Answers every request with its body."""
+    """Answers every request with its body, and an upload with its size."""
 
     max_body_bytes = MIB
 
     def admit(self, request: Request) -> None:
-        pass
+        if request.path.startswith(b"/upload"):
+            request.longest_upload = 2 * MIB
 
     def handle(self, request: Request, client: ClientConnection) -> Work:
         if request.path == b"/fails":
             raise ZeroDivisionError
         client.answer(200, [], request.body)
         return Nothing()
+
+    def handle_upload(self, request: Request, client: ClientConnection) -> Upload:
+        if request.path == b"/upload/fails":
+            raise ZeroDivisionError
+        if request.path == b"/upload/hangs":
+            client.pause_reading()
+        return Sized(client)
 
     def refused(self, request: Request, error: RequestError) -> None:
         pass
@@ -485,6 +493,22 @@ class Nothing:
 
     def resume(self) -> None:
         pass
+
+
+class Sized(Nothing):
+    def __init__(self, client: ClientConnection) -> None:
+        self.client = client
+        self.size = 0
+
+    def body_came(self, data: bytes) -> None:
+        self.size += len(data)
+
+    def body_ended(self) -> None:
+        self.client.answer(200, [], b"%d" % self.size)
+
+    def body_lost(self, error: RequestError) -> None:
+        self.client.request.keep_alive = False
+        self.client.answer(error.status, error.wire_headers(), error.body())
 
 
 @pytest.fixture
@@ -558,6 +582,60 @@ def test_a_handler_that_fails_is_not_the_clients_fault(impatient: int) -> None:
             answer = client.get("/fails")
             assert (answer.status, code(answer)) == (500, "internal_error")
         assert client.post("/", 1).body == b"1"
+
+
+def test_an_upload_may_take_longer_than_any_silence_in_it(impatient: int) -> None:
+    begun = time.monotonic()
+    with Client(impatient) as client:
+        client.send(request("POST", "/upload", "content-length: 40000"))
+        for _ in range(40):
+            client.send(b"x" * 1000)
+            time.sleep(0.05)
+        assert client.answer().body == b"40000"
+        assert time.monotonic() - begun > 1.5  # three times what is waited for
+        assert client.post("/", 1).body == b"1"
+
+
+@pytest.mark.parametrize("head", ["content-length: 40000", "transfer-encoding: chunked"])
+def test_an_upload_that_falls_silent_is_told_so(impatient: int, head: str) -> None:
+    with Client(impatient) as client:
+        client.send(request("POST", "/upload", head) + b"3e8\r\n" + b"x" * 1000)
+        answer = client.answer()
+        assert (answer.status, code(answer)) == (408, "request_timeout")
+        assert client.is_ended()
+
+
+def test_an_upload_that_nobody_takes_is_told_so(impatient: int) -> None:
+    with Client(impatient) as client:
+        client.send(request("POST", "/upload/hangs", body=b"x" * MIB))
+        answer = client.answer()
+        assert (answer.status, code(answer)) == (504, "upload_timeout")
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        (request("POST", "/upload", "content-length: 2097153"), 413),
+        (request("POST", "/upload", "transfer-encoding: chunked") + chunked([b"x" * 300_000] * 8), 413),
+        (request("POST", "/upload", "transfer-encoding: chunked") + b"2\r\nxx\r\nno size\r\n", 400),
+        (request("POST", "/upload/fails", "content-length: 7") + b"x", 500),
+    ],
+)
+def test_an_upload_that_is_refused(impatient: int, text: bytes, status: int) -> None:
+    with Client(impatient) as client:
+        client.send(text)
+        answer = client.answer()
+        assert (answer.status, answer["connection"]) == (status, "close")
+        assert client.is_ended()
+
+
+def test_uploads_between_other_requests(impatient: int) -> None:
+    """They wait for their turn, whole or in part."""
+    texts = (request("POST", "/", body=b"1"), request("POST", "/upload", body=b"x" * 70_000))
+    with Client(impatient) as client:
+        client.send(b"".join(texts * 2), *texts)
+        for _ in range(3):
+            assert [client.answer().body for _ in texts] == [b"1", b"70000"]
 
 
 class Written(asyncio.Transport):

@@ -47,7 +47,7 @@ HOP_BY_HOP = frozenset(
 # What the router says itself, what is meant for it alone, and what would keep it from reading the answer.
 NOT_FORWARDED = HOP_BY_HOP | frozenset(
     b"host content-length authorization x-api-key expect accept-encoding x-request-id cookie origin forwarded "
-    b"x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip".split()
+    b"x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip x-on-behalf-of".split()
 )
 NOT_ANSWERED = HOP_BY_HOP | frozenset(
     b"date content-length x-request-id x-served-by x-error-source access-control-allow-origin "
@@ -309,7 +309,7 @@ class Exchange:
         headers = self.request.headers
         dropped = NOT_FORWARDED
         if b"connection" in self.request.fields:
-            dropped = dropped | _named_by_connection(headers)
+            dropped = dropped | named_by_connection(headers)
         if self._body is not self.request.body:
             dropped = dropped | {b"content-encoding"}
         lines = [b"x-request-id: ", self.request_id, b"\r\n"]
@@ -463,7 +463,7 @@ class Exchange:
         kind = fields.get(b"content-type", b"")
         dropped = NOT_ANSWERED
         if b"connection" in fields:
-            dropped = dropped | _named_by_connection(headers)
+            dropped = dropped | named_by_connection(headers)
         lines = b"x-request-id: %b\r\nx-served-by: %b\r\n" % (self.request_id, record.upstream.encode())
         if status >= 400:
             lines += b"x-error-source: engine\r\n"
@@ -689,7 +689,7 @@ def _learn(replica: Replica, status: int, now: float) -> None:
         replica.breaker.forget()
 
 
-def _named_by_connection(headers: Headers) -> frozenset[bytes]:
+def named_by_connection(headers: Headers) -> frozenset[bytes]:
     """`Connection: close, x-mine` says that x-mine speaks of this connection alone."""
     values = [value for name, value in headers if name == b"connection"]
     if not values or values == [b"keep-alive"] or values == [b"close"]:

@@ -18,6 +18,7 @@ from vllm_unified.settings.keys import DEPLOYMENT, FILE, KeyEntry, hash_of, read
 
 # A file is read when two looks found the same: an editor may be in the middle of writing it.
 LOOK_SECONDS = 0.4
+LONGEST_ECHO = 64  # as long as a key's name may be
 LIMITS = (
     "requests_per_minute",
     "tokens_per_minute",
@@ -93,9 +94,17 @@ class Key:
     def enter(self, now: float) -> None:
         """Raises RequestError: 401 when the key has expired, 429 at a limit. Who is refused counts nowhere."""
         if self._is_limited:
-            self._require_room(now, time.time())
+            self._require_room(now, time.time(), self.in_flight)
             self._requests.add(1, now)
         self.in_flight += 1
+
+    def submit(self, now: float) -> None:
+        """Count a document that is handed in as one request. Raises RequestError as `enter` does, but takes no place
+        of `max_concurrent`: its pages are asked for in this key's name, and would wait for that place.
+        """
+        if self._is_limited:
+            self._require_room(now, time.time(), in_flight=0)
+            self._requests.add(1, now)
 
     def leave(self, tokens: int, now: float) -> None:
         """`tokens`: all that the request used, of its prompt and of its answer."""
@@ -108,13 +117,13 @@ class Key:
             self._day_tokens += tokens
             self._month_tokens += tokens
 
-    def _require_room(self, now: float, wall: float) -> None:
+    def _require_room(self, now: float, wall: float, in_flight: int) -> None:
         entry = self.entry
         if wall > self._expires:
             self.require_valid(wall)
         if wall >= self._midnight:
             self._begin_day(wall)
-        if entry.max_concurrent is not None and self.in_flight >= entry.max_concurrent:
+        if entry.max_concurrent is not None and in_flight >= entry.max_concurrent:
             what = f"may have {entry.max_concurrent} requests at the same time (max_concurrent)"
             raise self._refusal(what, "wait until one of them ends", 1)
         if entry.requests_per_minute is not None and self._requests.total(now) >= entry.requests_per_minute:
@@ -151,11 +160,11 @@ class KeyRing:
 
     def __init__(self, deployment_key: str, home: Path, usage: Usage) -> None:
         """A file that is wrong is logged and stands in `problem`; the deployment's key works without it."""
-        self._deployment = Key(KeyEntry.model_construct(name=DEPLOYMENT, hash=hash_of(deployment_key), admin=True))
+        self.deployment = Key(KeyEntry.model_construct(name=DEPLOYMENT, hash=hash_of(deployment_key), admin=True))
         self._home = home
         self._usage = usage
         self._keys: dict[str, Key] = {}
-        self._by_digest = {self._deployment.digest: self._deployment}
+        self._by_digest = {self.deployment.digest: self.deployment}
         self._by_value: dict[bytes, Key] = {}  # of those that were sent and are valid
         self.problem: str | None = None
         self._read_as = self._look()
@@ -166,7 +175,7 @@ class KeyRing:
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        return (self._deployment, *self._keys.values())
+        return (self.deployment, *self._keys.values())
 
     def authenticate(self, value: bytes | None) -> Key:
         """`value`: what the client sent behind `Bearer`. Raises RequestError 401."""
@@ -175,6 +184,14 @@ class KeyRing:
         # Found by its value when it was right before. How long that takes tells nothing: a dict compares two values
         # only when their hashes, which are keyed anew in each process, are the same.
         key = self._by_value.get(value) or self._by_hash(value)
+        key.require_valid(time.time())
+        return key
+
+    def on_behalf_of(self, name: str) -> Key:
+        """The key that a request of the deployment's own is charged to. Raises RequestError 401."""
+        key = self.deployment if name == DEPLOYMENT else self._keys.get(name)
+        if key is None:
+            raise _not_let_in(f'x-on-behalf-of: there is no key "{name[:LONGEST_ECHO]}", or not any more ({FILE})')
         key.require_valid(time.time())
         return key
 
@@ -226,7 +243,7 @@ class KeyRing:
             key.change(entry)
             key.seed(of_day.get(key.name, 0), of_month.get(key.name, 0))
             self._keys[key.name] = key
-        self._by_digest = {key.digest: key for key in (*self._keys.values(), self._deployment)}
+        self._by_digest = {key.digest: key for key in (*self._keys.values(), self.deployment)}
         self._by_value = {}
         self.problem = None
 

@@ -89,5 +89,11 @@ def too_large(limit: int) -> RequestError:
     return RequestError(413, message, code="request_too_large")
 
 
+def upload_too_large(limit: int) -> RequestError:
+    """`limit`: bytes."""
+    message = f"the upload is larger than {limit >> 20} MiB (documents.max_upload_mib)"
+    return RequestError(413, message, code="request_too_large")
+
+
 def not_ready(message: str, retry_after: int) -> RequestError:
     return RequestError(503, message, code="model_not_ready", headers={"retry-after": str(retry_after)})

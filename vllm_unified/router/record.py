@@ -1,10 +1,12 @@
-"""What is known of one request to a model when it is over; metrics, usage and the access log are made of it."""
+"""What is known of one request to a model, or of one for the document service, when it is over; metrics, usage and
+the access log are made of it.
+"""
 
 from typing import Literal
 
 import msgspec
 
-Owner = Literal["", "client", "router", "engine"]
+Owner = Literal["", "client", "router", "engine", "documents"]
 
 
 class Record(msgspec.Struct, gc=False):

@@ -19,7 +19,7 @@ import httptools
 
 from vllm_unified.router.keys import Key
 from vllm_unified.router.outbox import Outbox, Sender
-from vllm_unified.router.problems import RequestError, failure, too_large
+from vllm_unified.router.problems import RequestError, failure, too_large, upload_too_large
 from vllm_unified.router.regularly import regularly
 
 HEAD_SECONDS = 30.0
@@ -35,11 +35,13 @@ LONGEST_HEAD = 64 * 1024
 LONGEST_TARGET = 16 * 1024
 # What a client may send ahead of the answer to its last request.
 LONGEST_PIPELINE = 256 * 1024
+NOT_WHOLE = 1 << 62  # `came_at` of a request that is answered while its body comes
 # A refused request with no more than this to come is read to its end, and its connection used again.
 SMALL_BODY = 256 * 1024
 BACKLOG = 1024
 TICK_SECONDS = 1.0
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 Headers = list[tuple[bytes, bytes]]
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Request:
         self.came_at = 0  # bytes that had come on its connection when it was whole
         self.key: Key | None = None
         self.refusal: RequestError | None = None
+        self.longest_upload: int | None = None  # bytes; where it is set, the body is an `Upload`'s
         self.length = int(self.fields.get(b"content-length", b"0"))  # of the body, 0 where it is not said
         self.started = time.monotonic()
 
@@ -79,16 +82,35 @@ class Work(Protocol):
     def resume(self) -> None: ...
 
 
+class Upload(Work, Protocol):
+    """What answers a request whose body it takes as it comes. It holds the client back with `pause_reading`."""
+
+    def body_came(self, data: bytes) -> None: ...
+
+    def body_ended(self) -> None:
+        """It is whole."""
+
+    def body_lost(self, error: RequestError) -> None:
+        """The rest of it is not wanted, or does not come; `error` is the answer where none has begun."""
+
+
 class Handler(Protocol):
     """What the server is for."""
 
     max_body_bytes: int
 
     def admit(self, request: Request) -> None:
-        """Called when the head is there, before the body. Raises RequestError; may set `request.key`."""
+        """Called when the head is there, before the body. Raises RequestError; may set `request.key` and
+        `request.longest_upload`.
+        """
 
     def handle(self, request: Request, client: "ClientConnection") -> Work:
         """Start to answer. It may be over when this returns."""
+
+    def handle_upload(self, request: Request, client: "ClientConnection") -> Upload:
+        """The same at the head of a request with `longest_upload`. The connection must not stay open behind an
+        answer that began before the body was whole.
+        """
 
     def refused(self, request: Request, error: RequestError) -> None:
         """The server answered it by itself; `handle` is not called."""
@@ -118,7 +140,9 @@ class ClientConnection(Sender, asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_size = 0
         self._unparsed = 0  # of the body
-        self._discarding = False
+        self._collecting = True
+        self._upload: Upload | None = None  # takes the body that is still to come
+        self._is_held_back = False  # by that
         self._lingering = False
         self._thrown_away = 0
         self._may_throw_away = LONGEST_HEAD
@@ -187,6 +211,24 @@ class ClientConnection(Sender, asyncio.Protocol):
         """Cut the connection: an answer that is not whole must not look whole."""
         self.cut()
 
+    def ask_for_body(self) -> None:
+        """Of the request that is being answered, where the client waits for that."""
+        if _waits_to_be_asked(self.request):
+            self.write(CONTINUE)
+
+    def pause_reading(self) -> None:
+        """Take no more of a body until `resume_reading`; a client that leaves meanwhile is noticed then."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._is_held_back = True
+            self._transport.pause_reading()
+            self._expect_body()
+
+    def resume_reading(self) -> None:
+        if self._is_held_back and self._transport is not None and not self._transport.is_closing():
+            self._is_held_back = False
+            self._transport.resume_reading()
+            self._expect_body()
+
     def close_if_idle(self) -> None:
         if self._request is None and self._reading is None and not self._pipeline and self._transport is not None:
             self.close_when_sent()
@@ -195,7 +237,9 @@ class ClientConnection(Sender, asyncio.Protocol):
         """`deadline` has passed."""
         self.deadline = 0.0
         waiting = self._request is not None or self._pipeline
-        if not waiting and not self._lingering and (self._reading is not None or self._in_head):
+        if self._upload is not None and not self._paused:
+            self._refuse(_not_taken() if self._is_held_back else _silent())
+        elif not waiting and not self._lingering and (self._reading is not None or self._in_head):
             seconds = HEAD_SECONDS if self._in_head else BODY_SECONDS
             self._refuse(RequestError(408, f"the request did not come within {seconds:g} s", code="request_timeout"))
         else:
@@ -214,6 +258,7 @@ class ClientConnection(Sender, asyncio.Protocol):
         self._transport = None
         self._server.forget(self)
         self._pipeline.clear()
+        self._upload = None
         work, self._work = self._work, None
         if work is not None:
             work.client_left()
@@ -287,6 +332,7 @@ class ClientConnection(Sender, asyncio.Protocol):
     def resume_writing(self) -> None:
         self._paused = False
         self.deadline = 0.0 if self._request is not None else time.monotonic() + IDLE_SECONDS
+        self._expect_body()
         if self._work is not None:
             self._work.resume()
         elif self._request is None and self._pipeline:
@@ -327,28 +373,39 @@ class ClientConnection(Sender, asyncio.Protocol):
         self._reading = request
         self._body = []
         self._body_size = 0
-        self._discarding = False
+        self._collecting = True
         try:
             self._check(request)
             self._server.handler.admit(request)
+            if request.length > self._server.handler.max_body_bytes and request.longest_upload is None:
+                raise too_large(self._server.handler.max_body_bytes)
         except RequestError as refusal:
             request.refusal = refusal
-            self._discarding = True
+            self._collecting = False
         if self._request is None:
             self._await_body(request)
 
     def _await_body(self, request: Request) -> None:
         """Ask for it, give it its time, or say at once that the request is refused."""
+        if request.longest_upload is not None and request.refusal is None:
+            if not self._pipeline and not self._lingering:
+                self._start_upload(request, request.longest_upload)
+            return
         to_come = request.length
         chunked = b"transfer-encoding" in request.fields
-        waits = request.fields.get(b"expect", b"").lower() == b"100-continue" and request.version != "1.0"
+        waits = _waits_to_be_asked(request)
         if request.refusal is not None and (chunked or to_come > SMALL_BODY or waits):
             self._refuse(request.refusal)
         elif to_come or chunked:
             longest = self._server.handler.max_body_bytes if chunked else to_come
             self.deadline = time.monotonic() + BODY_SECONDS + longest / SLOWEST_BODY
             if waits:
-                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.write(CONTINUE)
+
+    def _expect_body(self) -> None:
+        """Its next piece, if it is an upload's; who takes nothing of the answer has a deadline already."""
+        if self._upload is not None and not self._paused:
+            self.deadline = time.monotonic() + (STALLED_SECONDS if self._is_held_back else BODY_SECONDS)
 
     def _check(self, request: Request) -> None:
         if len(self._target) > LONGEST_TARGET:
@@ -359,8 +416,6 @@ class ClientConnection(Sender, asyncio.Protocol):
                 raise _head_too_large()
         if request.version != "1.1" and request.version != "1.0":
             raise RequestError(505, "speak HTTP/1.1", code="http_version_not_supported")
-        if request.length > self._server.handler.max_body_bytes:
-            raise too_large(self._server.handler.max_body_bytes)
 
     def on_chunk_header(self) -> None:
         self._in_trailers = True  # unless a body follows
@@ -370,17 +425,27 @@ class ClientConnection(Sender, asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         self._in_trailers = False
         self._body_size += len(data)
-        if self._discarding:
+        if not self._collecting:
+            if self._upload is not None:
+                self._pass_on(data, self._upload)
             return
         if self._body_size > self._server.handler.max_body_bytes:
             self._body.clear()
-            self._discarding = True
+            self._collecting = False
             if self._reading is not None:
                 self._reading.refusal = too_large(self._server.handler.max_body_bytes)
                 if self._request is None:
                     self._refuse(self._reading.refusal)
             return
         self._body.append(data)
+
+    def _pass_on(self, data: bytes, upload: Upload) -> None:
+        longest = self.request.longest_upload or 0
+        if self._body_size > longest:
+            self._refuse(upload_too_large(longest))
+        else:
+            self._expect_body()
+            upload.body_came(data)
 
     def on_message_complete(self) -> None:
         request, self._reading = self._reading, None
@@ -394,10 +459,45 @@ class ClientConnection(Sender, asyncio.Protocol):
         if self._request is None and not self._pipeline and not self._paused:
             self._request = request
             self._start(request)
+        elif self._request is request:
+            self._end_upload()
         else:
             self._pipeline.append(request)
 
     # --- inside ---
+
+    def _start_upload(self, request: Request, longest: int) -> None:
+        """Its work begins with its head, and takes the body; some of it may have come while another was answered."""
+        if request.length > longest:
+            self._refuse(upload_too_large(longest))
+            return
+        self._request = request
+        request.came_at = NOT_WHOLE
+        self._may_throw_away = longest
+        self._collecting = False
+        came, self._body = self._body, []
+        try:
+            upload = self._server.handler.handle_upload(request, self)
+        except Exception:
+            log.exception("%s %s", request.method, request.path)
+            request.keep_alive = False
+            self._answer_error(failure())
+            return
+        if self._request is not request:  # it is answered already
+            return
+        self._work = self._upload = upload
+        if self._paused:
+            upload.pause()
+        self._expect_body()
+        for data in came:
+            upload.body_came(data)
+
+    def _end_upload(self) -> None:
+        upload, self._upload = self._upload, None
+        if not self._paused:
+            self.deadline = 0.0
+        if upload is not None:
+            upload.body_ended()
 
     def _start(self, request: Request) -> None:
         if self._transport is None:
@@ -424,6 +524,10 @@ class ClientConnection(Sender, asyncio.Protocol):
 
     def _refuse(self, error: RequestError) -> None:
         """Answer a request that has not come whole, and take no further one."""
+        if self._upload is not None:
+            upload, self._upload = self._upload, None
+            upload.body_lost(error)
+            return
         if self._reading is not None:
             self._may_throw_away = DISCARDED_BODIES * self._server.handler.max_body_bytes
         refused = self._reading or Request("GET", b"/", "1.1", [], self.peer, keep_alive=False)
@@ -454,12 +558,26 @@ class ClientConnection(Sender, asyncio.Protocol):
     def _linger(self) -> None:
         """A client that still sends would not read an answer before a closed connection."""
         self._lingering = True
-        self._reading = None
+        self._reading = self._upload = None
         self._body = []
+        self.resume_reading()
         self.deadline = time.monotonic() + LINGERING_SECONDS
         self.flush()
         if self._transport is not None and self._transport.can_write_eof():
             self._transport.write_eof()
+
+
+def _waits_to_be_asked(request: Request) -> bool:
+    return request.fields.get(b"expect", b"").lower() == b"100-continue" and request.version != "1.0"
+
+
+def _silent() -> RequestError:
+    return RequestError(408, f"nothing of the body came for {BODY_SECONDS:g} s", code="request_timeout")
+
+
+def _not_taken() -> RequestError:
+    message = f"nothing of the body was taken for {STALLED_SECONDS:g} s; the service that it is for hangs"
+    return RequestError(504, message, code="upload_timeout")
 
 
 def _head_too_large() -> RequestError:

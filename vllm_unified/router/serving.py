@@ -14,10 +14,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from vllm_unified.errors import UserError
-from vllm_unified.router import health, usage
+from vllm_unified.router import documents, health, usage
 from vllm_unified.router.access_log import AccessLog
 from vllm_unified.router.asgi import AsgiWork
 from vllm_unified.router.docs import DOCS_PATHS
+from vllm_unified.router.documents import DocumentExchange, Documents
 from vllm_unified.router.forward import Exchange, Forwarding
 from vllm_unified.router.keys import KeyRing
 from vllm_unified.router.metrics import Metrics
@@ -27,7 +28,7 @@ from vllm_unified.router.registry import Registry
 from vllm_unified.router.regularly import regularly
 from vllm_unified.router.replica import Replica
 from vllm_unified.router.routes import BY_PATH
-from vllm_unified.router.server import ClientConnection, Request, Server, Work
+from vllm_unified.router.server import ClientConnection, Request, Server, Upload, Work
 from vllm_unified.router.usage import Usage
 from vllm_unified.settings import Settings
 
@@ -54,6 +55,8 @@ class Router:
         self.keys = KeyRing(settings.require_api_key(), settings.home, self.usage)
         self.max_body_bytes = settings.router.max_body_mib << 20
         self.forwarding = Forwarding(self.registry, settings.run, settings.router.retries, self.max_body_bytes)
+        self.max_upload_bytes = documents.MAX_UPLOAD_BYTES
+        self.documents = Documents(self.forwarding, f"http://127.0.0.1:{documents.PORT}", settings.require_api_key())
         self.app: ASGIApp | None = None
         self.server = Server(self)
         self.metrics = Metrics(self.registry, lambda: len(self.server.connections))
@@ -80,9 +83,24 @@ class Router:
     # --- a request, from its head on ---
 
     def admit(self, request: Request) -> None:
-        if request.path in OPEN_PATHS or _is_preflight(request):
+        path = request.path
+        if path in OPEN_PATHS or _is_preflight(request):
             return
-        request.key = self.keys.authenticate(_token(request))
+        if path not in BY_PATH and documents.pattern_of(path) is not None:
+            self._admit_to_documents(request)
+            return
+        key = request.key = self.keys.authenticate(_token(request))
+        if key is self.keys.deployment and b"x-on-behalf-of" in request.fields and path in BY_PATH:
+            request.key = self.keys.on_behalf_of(request.fields[b"x-on-behalf-of"].decode("latin-1"))
+
+    def _admit_to_documents(self, request: Request) -> None:
+        is_infer = request.path == documents.INFER
+        if is_infer and not documents.is_from_here(request):
+            raise RequestError(403, "/internal/infer is for this machine alone", code="permission_denied")
+        if not (is_infer and documents.TOKEN in request.fields):
+            request.key = self.keys.authenticate(_token(request))
+            self.documents.require_model(request.key)
+        request.longest_upload = self.max_upload_bytes
 
     def handle(self, request: Request, client: ClientConnection) -> Work:
         route = BY_PATH.get(request.path)
@@ -94,6 +112,11 @@ class Router:
                 exchange.give_up()
                 raise
             return exchange
+        if request.longest_upload is not None:
+            upload = self.handle_upload(request, client)
+            upload.body_came(request.body)
+            upload.body_ended()
+            return upload
         if self.app is None:
             raise RuntimeError("no application")
         if _is_preflight(request):
@@ -101,13 +124,18 @@ class Router:
         self.forwarding.settle()  # it may show what was noted
         return AsgiWork(self.app, request, client)
 
+    def handle_upload(self, request: Request, client: ClientConnection) -> Upload:
+        exchange = DocumentExchange(self.documents, request, client)
+        exchange.start()
+        return exchange
+
     def refused(self, request: Request, error: RequestError) -> None:
         route = BY_PATH.get(request.path)
         error.shape = route.errors if route else "openai"
         key = request.key.name if request.key else ""
         request_id = self.forwarding.id_of(request).decode("ascii")
         error.headers["x-request-id"] = request_id
-        record = Record("", request_id, request.peer, key, route.path if route else "")
+        record = Record("", request_id, request.peer, key, _name_of(request.path))
         record.status, record.error = error.status, error.owner
         record.duration_us = int((time.monotonic() - request.started) * 1e6)
         self.forwarding.note(record)
@@ -122,8 +150,10 @@ class Router:
             return b"vary: origin\r\n"
         lines = [b"access-control-allow-origin: ", origin, b"\r\nvary: origin\r\n"]
         if _is_preflight(request):
+            deletes = documents.pattern_of(request.path) is not None
+            methods = b"GET, POST, DELETE, OPTIONS" if deletes else b"GET, POST, OPTIONS"
             asked = request.fields.get(b"access-control-request-headers", b"authorization, content-type")
-            lines += [b"access-control-allow-methods: GET, POST, OPTIONS\r\naccess-control-allow-headers: ", asked]
+            lines += [b"access-control-allow-methods: ", methods, b"\r\naccess-control-allow-headers: ", asked]
             lines += [b"\r\naccess-control-max-age: ", PREFLIGHT_SECONDS, b"\r\n"]
         else:
             lines.append(b"access-control-expose-headers: x-request-id, x-error-source, x-served-by, retry-after\r\n")
@@ -204,6 +234,12 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 128 << 20)
+
+
+def _name_of(path: bytes) -> str:
+    """What logs and metrics call it, one of a few; "" for another."""
+    route = BY_PATH.get(path)
+    return route.path if route else documents.pattern_of(path) or ""
 
 
 def _token(request: Request) -> bytes | None:

@@ -164,6 +164,39 @@ class UpstreamConnection(Sender, asyncio.Protocol):
             receiver.answer_lost(why, rubbish=rubbish)
 
 
+class Uploader(Receiver, Protocol):
+    """Who also has the body of the request, and sends it in pieces."""
+
+    def pause_upload(self) -> None:
+        """The server takes it slower than it comes."""
+
+    def resume_upload(self) -> None: ...
+
+
+class UploadConnection(UpstreamConnection):
+    """A connection for one request whose body is sent as it comes."""
+
+    _uploader: Uploader | None = None
+
+    def begin(self, uploader: Uploader, head: bytes) -> None:
+        """The body follows with `upload`."""
+        self._uploader = uploader
+        self.send(uploader, head, b"")
+
+    def upload(self, data: bytes) -> None:
+        """Sent at once: one turn of the event loop may bring several MiB, and the uploader must hear of it."""
+        self.write(data)
+        self.flush()
+
+    def pause_writing(self) -> None:
+        if self._uploader is not None and self._receiver is not None:
+            self._uploader.pause_upload()
+
+    def resume_writing(self) -> None:
+        if self._uploader is not None and self._receiver is not None:
+            self._uploader.resume_upload()
+
+
 class _Whole:
     """An answer of the router's own question, kept until it is whole."""
 
