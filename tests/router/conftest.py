@@ -24,9 +24,8 @@ class Deployment:
         self.project = project
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.ports: dict[str, int] = {}
-        self.router_command = [sys.executable, "-m", "vllm_unified", "router"]
 
-    def start(self, models: dict[str, dict[str, Any]], **router: Any) -> None:
+    def start(self, models: dict[str, dict[str, Any]], documents: dict[str, Any] | None = None, **router: Any) -> None:
         """`models`: key → fields of the entry, and under `fake` how its engine behaves.
 
         One with `endpoints` and no `path` has no engine.
@@ -39,14 +38,14 @@ class Deployment:
         for key in self.processes:
             eventually(partial(is_listening, self.ports[key]))
         settings = {"port": self.ports["router"], "health_check_interval": 0.2, **router}
-        self.project.write(entries, router=settings, system={"drain_timeout": 1})
+        self.project.write(entries, router=settings, system={"drain_timeout": 1}, documents=documents or {})
         for key, behaviour in fake.items():
             if behaviour is not None:
                 self.start_engine(key, behaviour)
         environ = {**os.environ, "VLLM_UNIFIED_HOME": str(self.project.home), "VLLM_API_KEY": API_KEY}
         with self.log.open("ab") as log:
             self.processes["router"] = subprocess.Popen(
-                self.router_command, env=environ, cwd=CHECKOUT, stdout=log, stderr=log
+                [sys.executable, "-m", "vllm_unified", "router"], env=environ, cwd=CHECKOUT, stdout=log, stderr=log
             )
         with self.client() as client:
             eventually(lambda: is_alive(client), 60)

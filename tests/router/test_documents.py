@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,22 +18,13 @@ import uvicorn
 from tests.conftest import API_KEY, eventually, free_port
 from tests.router.conftest import Deployment, is_listening
 from tests.router.wire import AUTHORIZED, Client, CutError, chunked, post, request
-from vllm_unified.router.documents import is_from_here, pattern_of
+from vllm_unified.router.documents import FORM_MIB, is_from_here, pattern_of
 from vllm_unified.router.server import Request
 from vllm_unified.settings.keys import add_key, hash_of
 
 MIB = 1 << 20
 LONGEST_MIB = 320
 CHAT = "/v1/chat/completions"
-# The settings have no port for the service yet.
-ROUTER = """
-import sys
-from vllm_unified.router import documents
-documents.PORT, documents.MAX_UPLOAD_BYTES = int(sys.argv[1]), int(sys.argv[2]) << 20
-from vllm_unified.cli import main
-sys.argv[1:] = ["router"]
-main()
-"""
 KEYS: dict[str, dict[str, Any]] = {
     "alice": {"models": ["reader"]},
     "bob": {"models": ["talker"]},
@@ -145,7 +135,6 @@ async def wait_until_left(receive: Any) -> None:
 @pytest.fixture(scope="module")
 def router(lasting: Deployment) -> Deployment:
     lasting.ports["documents"] = free_port()
-    lasting.router_command = [sys.executable, "-c", ROUTER, str(lasting.ports["documents"]), str(LONGEST_MIB)]
     for name, fields in KEYS.items():
         add_key(lasting.project.home, {"name": name, "hash": hash_of(f"sk-{name}"), **fields})
     lasting.start(
@@ -154,6 +143,7 @@ def router(lasting: Deployment) -> Deployment:
             "talker": {"type": "chat"},
             "hangs": {"type": "chat", "fake": {"hang": True}},
         },
+        documents={"port": lasting.ports["documents"], "max_upload_mib": LONGEST_MIB - FORM_MIB},
         max_body_mib=1,
         cors_origins=["*"],
     )

@@ -18,8 +18,8 @@ from vllm_unified.router.server import ClientConnection, Headers, Request
 from vllm_unified.router.upstream import UploadConnection
 from vllm_unified.settings.schema import Endpoint
 
-PORT = 8010
-MAX_UPLOAD_BYTES = 512 << 20
+# What a form has beside its files: text, headers, boundaries.
+FORM_MIB = 8
 
 # A request with the service's own token, which it checks itself.
 INFER = b"/internal/infer"

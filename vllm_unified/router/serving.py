@@ -1,6 +1,8 @@
 """The router as a whole: who is let in, what is forwarded, what goes to the FastAPI application, and its life."""
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import ctypes
 import logging
@@ -55,8 +57,8 @@ class Router:
         self.keys = KeyRing(settings.require_api_key(), settings.home, self.usage)
         self.max_body_bytes = settings.router.max_body_mib << 20
         self.forwarding = Forwarding(self.registry, settings.run, settings.router.retries, self.max_body_bytes)
-        self.max_upload_bytes = documents.MAX_UPLOAD_BYTES
-        self.documents = Documents(self.forwarding, f"http://127.0.0.1:{documents.PORT}", settings.require_api_key())
+        self.max_upload_bytes = (settings.documents.max_upload_mib + documents.FORM_MIB) << 20
+        self.documents = Documents(self.forwarding, settings.documents_url, settings.require_api_key())
         self.app: ASGIApp | None = None
         self.server = Server(self)
         self.metrics = Metrics(self.registry, lambda: len(self.server.connections))
@@ -246,6 +248,9 @@ def _token(request: Request) -> bytes | None:
     scheme, _, given = request.fields.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer" and given:
         return given.strip()
+    if scheme.lower() == b"basic" and given:  # http://any:KEY@host, where a script can be given nothing but an address
+        with contextlib.suppress(binascii.Error):
+            return base64.b64decode(given.strip(), validate=True).partition(b":")[2]
     return request.fields.get(b"x-api-key")  # as Anthropic's clients send it
 
 
