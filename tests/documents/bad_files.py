@@ -78,7 +78,7 @@ def pdf_with_javascript_and_a_file() -> bytes:
     made = pdf(1, OpenAction=script)
     names = pikepdf.Array(["run", script])
     made.Root.Names = pikepdf.Dictionary(JavaScript=pikepdf.Dictionary(Names=names))
-    made.attachments["virus.exe"] = pikepdf.AttachedFileSpec(made, b"MZ", filename="virus.exe")
+    made.attachments["virus.exe"] = b"MZ"
     return written(made)
 
 

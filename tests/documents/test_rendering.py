@@ -26,6 +26,13 @@ from vllm_unified.documents.rendering import Inspected, Rendered, Renderer
 
 register_heif_opener()
 T = TypeVar("T")
+COLOURS = {
+    "red": (255, 0, 0),
+    "blue": (0, 0, 255),
+    "white": (255, 255, 255),
+    "grey": (128, 128, 128),
+    "black": (0, 0, 0),
+}
 
 
 class Drawn:
@@ -64,16 +71,20 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drawn]:
 def opened(page: Rendered) -> Image.Image:
     picture = Image.open(io.BytesIO(page.image))
     assert picture.size == (page.width, page.height)
-    assert picture.get_format_mimetype() == page.media_type
+    assert page.media_type == f"image/{picture.format}".lower()
     return picture
 
 
 def colour(page: Rendered, x: float, y: float) -> str:
     """The nearest colour at a share of the page's width and height."""
-    pixel = opened(page).convert("RGB").getpixel((int(x * (page.width - 1)), int(y * (page.height - 1))))
-    names = {(255, 0, 0): "red", (0, 0, 255): "blue", (255, 255, 255): "white", (0, 0, 0): "black"}
-    names[128, 128, 128] = "grey"
-    return min(names.items(), key=lambda item: sum((a - b) ** 2 for a, b in zip(item[0], pixel, strict=True)))[1]
+    found = pixel(opened(page), int(x * (page.width - 1)), int(y * (page.height - 1)))
+    return min(COLOURS, key=lambda name: sum([abs(a - b) for a, b in zip(COLOURS[name], found, strict=True)]))
+
+
+def pixel(picture: Image.Image, x: int, y: int) -> tuple[int, ...]:
+    found = picture.convert("RGB").getpixel((x, y))
+    assert isinstance(found, tuple)
+    return found
 
 
 def marked(size: tuple[int, int] = (600, 400), mode: str = "RGB") -> Image.Image:
@@ -103,11 +114,12 @@ def prose(*texts: str) -> bytes:
 
 def test_a_page_with_its_text(drawn: Drawn) -> None:
     content = prose("The first page.", "The second page,\nof two lines.")
-    assert drawn.inspect(content) == Inspected(2, pytest.approx(595.28, abs=0.01), pytest.approx(841.89, abs=0.01))
+    told = drawn.inspect(content)
+    assert (told.pages, round(told.width), round(told.height), told.warnings) == (2, 595, 842, ())
     page = drawn.render(content, 2)
     assert (page.media_type, page.width, page.height, page.scale) == ("image/jpeg", 1191, 1684, 2)
     assert page.text == "The second page,\nof two lines."
-    assert opened(page).convert("L").getextrema()[0] < 100, "nothing is drawn"
+    assert min(opened(page).convert("L").tobytes()) < 100, "nothing is drawn"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +290,7 @@ def palette(**options: Any) -> bytes:
 def ramp(mode: str, left: float, right: float) -> bytes:
     picture = Image.new(mode, (600, 400), left)
     picture.paste(right, (300, 0, 600, 400))
-    return saved(picture, "TIFF" if mode == "F" else "PNG")
+    return saved(picture, "PNG" if mode in ("L", "1", "I;16") else "TIFF")
 
 
 @pytest.mark.parametrize(
@@ -292,6 +304,8 @@ def ramp(mode: str, left: float, right: float) -> bytes:
         (palette(transparency=0), "white", "black"),
         (saved(transparent("RGBA"), "GIF"), "white", "black"),
         (ramp("I;16", 32768, 65535), "grey", "white"),
+        (ramp("I;16B", 32768, 65535), "grey", "white"),
+        (ramp("I", -70000, 70000), "black", "white"),
         (ramp("F", 0.25, 0.75), "black", "white"),
         (ramp("L", 0, 128), "black", "grey"),
         (ramp("1", 0, 1), "black", "white"),
@@ -315,7 +329,7 @@ def test_pixels_of_every_mode(drawn: Drawn, content: bytes, left: str, right: st
     ],
 )
 def test_jpeg_or_png(drawn: Drawn, picture: Image.Image, media_type: str) -> None:
-    assert opened(drawn.render(saved(picture, "BMP"))).get_format_mimetype() == media_type
+    assert drawn.render(saved(picture, "BMP")).media_type == media_type
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -390,8 +404,8 @@ def test_crop(drawn: Drawn) -> None:
     figures = [Image.open(io.BytesIO(each)) for each in drawn.run(drawn.renderer.crop(page.image, boxes))]
     assert [figure.size for figure in figures] == [(100, 80), (100, 100), (10, 10), (1, 1), (1, 1)]
     assert {figure.format for figure in figures} == {"JPEG"}
-    assert figures[0].getpixel((50, 40))[0] > 200
-    assert figures[1].getpixel((50, 50))[2] > 200
+    assert pixel(figures[0], 50, 40)[0] > 200
+    assert pixel(figures[1], 50, 50)[2] > 200
     assert drawn.run(drawn.renderer.crop(page.image, [])) == []
 
 
@@ -441,10 +455,10 @@ def test_a_page_that_takes_for_ever(files: tuple[Path, Path]) -> None:
         ended = await asyncio.gather(slow, return_exceptions=True)
         return [*ended, *pages, await renderer.render(good, Kind.PDF, 3)]
 
-    error, *pages = in_a_renderer(story, task_seconds=3)
+    error, *pages = in_a_renderer(story, task_seconds=1)
     assert isinstance(error, DocumentError)
     assert (error.status, error.code) == (422, "too_slow")
-    assert str(error) == "page 1 was given up: it took longer than 3 seconds"
+    assert str(error) == "page 1 was given up: it took longer than 1 s"
     assert [page.text for page in pages] == ["One.", "Two.", "Three.", "Three."]
 
 
@@ -455,10 +469,10 @@ def test_a_process_that_is_killed_costs_its_page_alone(files: tuple[Path, Path])
     async def story(renderer: Renderer) -> list[Any]:
         hit = asyncio.create_task(renderer.render(hostile, Kind.PDF, 1))
         await asyncio.sleep(0)
-        busy = await asyncio.to_thread(eventually, lambda: [each for each in workers() if each.pid not in before])
-        await asyncio.to_thread(eventually, lambda: is_confined(busy[0]))
+        busy = await asyncio.to_thread(eventually, lambda: [each for each in workers() if each.pid not in before], 120)
+        await asyncio.to_thread(eventually, lambda: is_confined(busy[0]), 120)
         started = busy[0].cpu_times().user
-        await asyncio.to_thread(eventually, lambda: busy[0].cpu_times().user > started + 0.2)
+        await asyncio.to_thread(eventually, lambda: busy[0].cpu_times().user > started + 0.2, 120)
         await renderer.render(good, Kind.PDF, 1)
         others = [asyncio.create_task(renderer.render(good, Kind.PDF, number)) for number in (1, 2, 3)]
         busy[0].kill()
@@ -479,7 +493,7 @@ def test_one_that_is_killed_at_rest_costs_nothing(files: tuple[Path, Path]) -> N
         first = await renderer.render(files[1], Kind.PDF, 1)
         (worker,) = [each for each in workers() if each.pid not in before]
         worker.kill()
-        await asyncio.to_thread(eventually, lambda: not worker.is_running())
+        await asyncio.to_thread(eventually, lambda: not worker.is_running(), 120)
         return [first.text, (await renderer.render(files[1], Kind.PDF, 2)).text]
 
     assert in_a_renderer(story, processes=1) == ["One.", "Two."]
@@ -548,7 +562,8 @@ def test_they_end_with_their_parent(files: tuple[Path, Path]) -> None:
         children = psutil.Process(parent.pid).children()
         assert children
         parent.send_signal(signal.SIGKILL)
-    eventually(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in children))
+    psutil.wait_procs(children, timeout=120)
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in children)
 
 
 @pytest.mark.parametrize(("program", "why"), [("/bin/false", "exit status 1"), ("/nowhere", "No such file")])

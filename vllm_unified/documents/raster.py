@@ -75,7 +75,10 @@ def main() -> None:
     send(outgoing, b"")
     while frame := receive(incoming):
         task = msgspec.msgpack.decode(frame, type=Task)
-        send(outgoing, msgspec.msgpack.encode(answer(task, limits)))
+        signal.setitimer(signal.ITIMER_PROF, limits.task_seconds)  # SIGPROF ends us, even deep in a library
+        told = answer(task, limits)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        send(outgoing, msgspec.msgpack.encode(told))
 
 
 def end_with_parent() -> None:
@@ -249,7 +252,7 @@ def scale_of(task: Render, width: float, height: float, wanted: float) -> float:
 
 def text_layer(page: pypdfium2.PdfPage) -> str:
     textpage = page.get_textpage()
-    text = textpage.get_text_range(0, min(textpage.count_chars(), TEXT_LIMIT))
+    text: str = textpage.get_text_range(0, min(textpage.count_chars(), TEXT_LIMIT))
     # PDFium's sign of a hyphen at the end of a line is U+0002 or the noncharacter U+FFFE.
     text = text.replace("\r\n", "\n").replace("\x02", "-").replace("\ufffe", "-").replace("\0", "")
     return text.encode("utf-8", "replace")[:TEXT_LIMIT].decode("utf-8", "ignore")
@@ -323,7 +326,7 @@ def with_plain_pixels(image: Image.Image) -> Image.Image:
     if image.mode == "P":
         return image.convert("RGB")
     if image.mode.startswith("I;16"):
-        return image.point(lambda value: value * (1 / 256)).convert("L")
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode in ("I", "F"):
         low, high = (float(value) for value in image.getextrema() if not isinstance(value, tuple))
         stretch = 255 / (high - low) if high > low else 0.0
@@ -361,12 +364,10 @@ def turned(image: Image.Image, rotation: Rotation) -> Image.Image:
 def encoded(image: Image.Image, scale: float, text: str = "") -> Rendered:
     written = io.BytesIO()
     if image.mode == "1" or image.width * image.height <= SMALL_PAGE:
-        media_type = "image/png"
         image.save(written, "PNG")
-    else:
-        media_type = "image/jpeg"
-        image.save(written, "JPEG", quality=JPEG_QUALITY)
-    return Rendered(written.getvalue(), media_type, image.width, image.height, scale, text)
+        return Rendered(written.getvalue(), "image/png", image.width, image.height, scale, text)
+    image.save(written, "JPEG", quality=JPEG_QUALITY)
+    return Rendered(written.getvalue(), "image/jpeg", image.width, image.height, scale, text)
 
 
 def cropped(task: Crop) -> Cropped:

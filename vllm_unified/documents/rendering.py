@@ -8,6 +8,7 @@ of the pool when one process dies, and cannot end one that hangs.
 import asyncio
 import contextlib
 import os
+import signal
 import struct
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -24,7 +25,8 @@ from vllm_unified.documents.problems import DocumentError
 
 Rotation = Literal[0, 90, 180, 270]
 
-START_SECONDS = 60.0
+WAIT_PER_SECOND = 10
+START_SECONDS = 120.0
 END_SECONDS = 5.0  # for one that has closed its output
 TASKS_OF_A_PROCESS = 1000  # then a new one takes over: what the libraries leak does not add up
 LONGEST_ANSWER = 256 << 20  # bytes
@@ -37,12 +39,14 @@ IMPORTS = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
 INHERITED = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME")
 # Threads and their arenas count against the limit of address space, the more the more cores there are.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+QUIET = {"PYTHONWARNINGS": "ignore"}  # Pillow's, of files that are odd
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """`memory_mib`: address space of a process. `max_pixels`: of an image as it is stored."""
+    """`memory_mib`: address space of a process. `task_seconds`: a core's time. `max_pixels`: of an image as stored."""
 
     memory_mib: int
+    task_seconds: float
     max_pages: int
     max_pixels: int
 
@@ -117,7 +121,8 @@ Answer = TypeVar("Answer", Inspected, Rendered, Cropped)
 class Renderer:
     """`processes` at once, each started when there is work for it; entered before use.
 
-    `task_seconds`: how long one page may take. The processes run at low priority, under a limit of memory, with
+    `task_seconds`: how long a core may work on one page; it may be ten times as long by the clock, as the processes
+    get what others leave of a busy machine. They run at low priority, under a limit of memory, with
     nothing of the service's sockets and secrets, and end with the service.
     """
 
@@ -130,8 +135,8 @@ class Renderer:
         max_pages: int = 5000,
         max_pixels: int = 100_000_000,
     ) -> None:
-        self._limits = Limits(memory_mib, max_pages, max_pixels)
-        self._task_seconds = task_seconds
+        self._limits = Limits(memory_mib, task_seconds, max_pages, max_pixels)
+        self._longest_wait = WAIT_PER_SECOND * task_seconds
         self._slots = asyncio.Semaphore(processes)
         self._idle: list[Worker] = []
 
@@ -206,16 +211,15 @@ class Renderer:
         """The worker is at rest again afterwards, or has ended."""
         told: Answer | Refused
         try:
-            async with asyncio.timeout(self._task_seconds):
+            async with asyncio.timeout(self._longest_wait):
                 received = await worker.ask(msgspec.msgpack.encode(task))
             told = msgspec.msgpack.decode(received, type=answer | Refused)
         except TimeoutError:
             await worker.end()
-            return Refused(422, f"{what} was given up: it took longer than {self._task_seconds:g} seconds", TOO_SLOW)
+            return self._too_slow(what)
         except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError):
-            how = await worker.end()
-            message = f"{what} was given up: its process ended ({how}); it is damaged, or wants too much memory"
-            return Refused(422, message, CRASHED)
+            status = await worker.end()
+            return self._too_slow(what) if status == -signal.SIGPROF else crashed(what, status)
         except BaseException:
             await worker.end()
             raise
@@ -224,6 +228,19 @@ class Renderer:
         else:
             self._idle.append(worker)
         return told
+
+    def _too_slow(self, what: str) -> Refused:
+        message = f"{what} was given up: it took longer than {self._limits.task_seconds:g} s"
+        return Refused(422, message, TOO_SLOW)
+
+
+def crashed(what: str, status: int) -> Refused:
+    message = f"{what} was given up: its process ended ({words_of(status)}); it is damaged, or wants too much memory"
+    return Refused(422, message, CRASHED)
+
+
+def words_of(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
 
 
 class Worker:
@@ -238,7 +255,9 @@ class Worker:
     @classmethod
     async def start(cls, limits: Limits) -> Self:
         """Ready for its first task. Raises DocumentError 503."""
-        environment = {name: os.environ[name] for name in INHERITED if name in os.environ} | IMPORTS | ONE_THREAD
+        environment = (
+            {name: os.environ[name] for name in INHERITED if name in os.environ} | IMPORTS | ONE_THREAD | QUIET
+        )
         argv = (sys.executable, "-m", "vllm_unified.documents.raster", msgspec.json.encode(limits).decode())
         try:
             process = await asyncio.create_subprocess_exec(
@@ -253,7 +272,7 @@ class Worker:
             async with asyncio.timeout(START_SECONDS):
                 await worker._receive()
         except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
-            raise _unavailable(await worker.end()) from None
+            raise _unavailable(words_of(await worker.end())) from None
         except BaseException:
             await worker.end()
             raise
@@ -276,8 +295,8 @@ class Worker:
             raise ConnectionError(f"an answer of {length} bytes")
         return await self._stdout.readexactly(length)
 
-    async def end(self) -> str:
-        """How the process ended, in words; killed, where it has not ended by itself."""
+    async def end(self) -> int:
+        """The status of the process as subprocess has it; it is killed, where it has not ended by itself."""
         self._stdin.close()
         # Popen.kill would reap one that has just ended, and asyncio never learn its status.
         with contextlib.suppress(TimeoutError):
@@ -285,8 +304,7 @@ class Worker:
                 await self._process.wait()
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        status = await self._process.wait()
-        return f"signal {-status}" if status < 0 else f"exit status {status}"
+        return await self._process.wait()
 
 
 def _unavailable(why: str) -> DocumentError:
