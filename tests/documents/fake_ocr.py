@@ -290,8 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, ocr.seen)
         elif self.path == "/health":
             self.answer(200, {"status": "healthy"})
-        elif self.path == "/v1/models":
-            self.answer(200, {"data": [{"id": ocr.behaviour.get("model", "ocr"), "type": "ocr"}]})
+        elif self.path in ("/models", "/v1/models"):
+            model = {"id": ocr.behaviour.get("model", "ocr"), "type": "ocr", "state": "ready", "max_model_len": 8192}
+            self.answer(200, {"data": [model]})
         elif self.path in ("/metrics", "/metrics/engines") and not ocr.behaviour.get("no_metrics"):
             name = ocr.behaviour.get("model", "ocr")
             labels = f'{{model_key="{name}",replica="ocr-1",engine="0",model_name="{name}"}}'

@@ -35,9 +35,9 @@ def asked(url: str, *, times: int = 1, on_behalf_of: str = "", **settings: Any) 
     """All at once."""
 
     async def ask() -> list[Answer]:
-        engine = Engine(url, "sk-deployment", "ocr", **settings)
+        engine = Engine(url, "sk-deployment", **settings)
         try:
-            return await asyncio.gather(*(engine.ask(REQUEST, on_behalf_of) for _ in range(times)))
+            return await asyncio.gather(*(engine.ask("ocr", REQUEST, on_behalf_of) for _ in range(times)))
         finally:
             await engine.aclose()
 
@@ -128,9 +128,9 @@ def test_a_router_that_is_away_is_waited_for() -> None:
     port = free_port()
 
     async def ask() -> Answer:
-        engine = Engine(f"http://127.0.0.1:{port}", "k", "ocr")
+        engine = Engine(f"http://127.0.0.1:{port}", "k")
         try:
-            waiting = asyncio.create_task(engine.ask(REQUEST))
+            waiting = asyncio.create_task(engine.ask("ocr", REQUEST))
             await asyncio.sleep(0.1)
             with FakeOcr(port):
                 return await waiting
@@ -198,8 +198,8 @@ def test_giving_up_a_page_ends_it_in_the_engine(ocr: FakeOcr) -> None:
     ocr.behave(cue="hang")
 
     async def leave() -> None:
-        engine = Engine(ocr.url, "k", "ocr")
-        asking = asyncio.create_task(engine.ask(REQUEST))
+        engine = Engine(ocr.url, "k")
+        asking = asyncio.create_task(engine.ask("ocr", REQUEST))
         while not ocr.running:  # noqa: ASYNC110 - it runs in threads
             await asyncio.sleep(0.01)
         asking.cancel()
@@ -246,9 +246,9 @@ def test_queue_from_metrics(text: str, model: str, queue: Queue | None) -> None:
 
 def test_queue_of_an_engine(ocr: FakeOcr) -> None:
     async def look(url: str) -> Queue | None:
-        engine = Engine(url, "k", "ocr")
+        engine = Engine(url, "k")
         try:
-            return await engine.queue()
+            return await engine.queue("ocr")
         finally:
             await engine.aclose()
 

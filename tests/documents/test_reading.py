@@ -4,6 +4,7 @@ import asyncio
 import io
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -57,11 +58,20 @@ def read(ocr: FakeOcr, options: Options | None = None, profile: Profile = DEEPSE
     limits = {name: more.pop(name) for name in ("read_seconds", "patience") if name in more}
 
     async def page() -> Page:
-        engine = Engine(ocr.url, "k", "ocr", **limits)
+        engine = Engine(ocr.url, "k", **limits)
         image = more.pop("image", page_image(7))
         try:
             return await read_page(
-                engine.ask, image, "image/png", 120, 160, 7, options or Options(), profile, understand=parse, **more
+                partial(engine.ask, "ocr"),
+                image,
+                "image/png",
+                120,
+                160,
+                7,
+                options or Options(),
+                profile,
+                understand=parse,
+                **more,
             )
         finally:
             await engine.aclose()

@@ -12,8 +12,13 @@ def named(page: Page) -> Page:
     blocks = tuple(_named(page))
     if blocks == page.blocks:
         return page
-    parts = (f"![]({block.asset})" if block.asset else block.text for block in blocks)
+    parts = (link(block) or block.text for block in blocks)
     return msgspec.structs.replace(page, blocks=blocks, markdown="\n\n".join(part for part in parts if part.strip()))
+
+
+def link(block: Block) -> str:
+    """In Markdown; "" for what is no figure."""
+    return f"![]({block.asset})" if block.asset else ""
 
 
 def boxes_of(page: Page) -> dict[str, Box]:

@@ -93,7 +93,12 @@ def write_products(
     images = tuple(_images(folder))
     _write_archive(folder, name, images)
     _sync(folder)
-    return Products(tuple(file for file in PRODUCTS if (folder / file).is_file()), images)
+    return Products(tuple(existing(folder)), images)
+
+
+def existing(folder: Path) -> list[str]:
+    """The products that a document has, by their names."""
+    return [file for file in PRODUCTS if (folder / file).is_file()]
 
 
 def raw_page(page: Page) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Literal, cast
 
 import msgspec
 import pillow_heif
@@ -46,6 +46,7 @@ LARGEST_PAGE = 40_000_000  # pixels handed out: A0 at 144 dpi has 32 million
 LONGEST_SIDE = 65_500  # pixels, of a JPEG
 SMALL_PAGE = 250_000  # pixels: a PNG of it is no burden, and loses nothing
 JPEG_QUALITY = 92
+PAPER = 12  # shades of grey, of 255, that a page with nothing on it may have
 TEXT_LIMIT = 1 << 20  # bytes of a page's text layer
 MOST_FIGURES = 500  # of a page
 FIGURES_LIMIT = 128 << 20  # bytes of them together
@@ -363,11 +364,16 @@ def turned(image: Image.Image, rotation: Rotation) -> Image.Image:
 
 def encoded(image: Image.Image, scale: float, text: str = "") -> Rendered:
     written = io.BytesIO()
+    media_type: Literal["image/png", "image/jpeg"] = "image/jpeg"
     if image.mode == "1" or image.width * image.height <= SMALL_PAGE:
+        media_type = "image/png"
         image.save(written, "PNG")
-        return Rendered(written.getvalue(), "image/png", image.width, image.height, scale, text)
-    image.save(written, "JPEG", quality=JPEG_QUALITY)
-    return Rendered(written.getvalue(), "image/jpeg", image.width, image.height, scale, text)
+    else:
+        image.save(written, "JPEG", quality=JPEG_QUALITY)
+    lowest, highest = cast("tuple[int, int]", image.convert("L").getextrema())
+    return Rendered(
+        written.getvalue(), media_type, image.width, image.height, scale, text, blank=highest - lowest <= PAPER
+    )
 
 
 def cropped(task: Crop) -> Cropped:

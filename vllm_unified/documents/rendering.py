@@ -92,7 +92,7 @@ class Rendered(msgspec.Struct, frozen=True, tag=True):
     """`image`: JPEG, or PNG where the page is small or bilevel; RGB or bilevel, upright, `width` x `height` pixels.
 
     `text`: the text layer of a PDF's page, at most 1 MiB; "" of an image. `scale`: pixels of `image` per point of the
-    PDF's page, or per pixel of the image that was given.
+    PDF's page, or per pixel of the image that was given. `blank`: of one colour, so that there is nothing to read.
     """
 
     image: bytes
@@ -101,6 +101,7 @@ class Rendered(msgspec.Struct, frozen=True, tag=True):
     height: int
     scale: float
     text: str = ""
+    blank: bool = False
 
 
 class Cropped(msgspec.Struct, frozen=True, tag=True):

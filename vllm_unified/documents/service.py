@@ -275,13 +275,6 @@ class Service:
         kind = _kind(path, document.name)
         options = document.options
 
-        def joined() -> Iterator[str]:
-            pages = self._pages(document.id)
-            return (
-                piece.text
-                for piece in joining.joined(pages, running_heads=options.running_heads, join_pages=options.join_pages)
-            )
-
         rotations = {page.number: page.rotation for page in self._pages(document.id) if page.rotation}
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
 
@@ -307,11 +300,28 @@ class Service:
                 folder,
                 name=document.name,
                 pages=lambda: self._pages(document.id),
-                joined=joined,
+                joined=lambda: self._joined(document),
                 formats=options.formats,
                 image_of=image_of,
             )
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def _joined(self, document: Document) -> Iterator[str]:
+        """The Markdown of the whole, a comment before each page that something begins on."""
+        drop = document.options.running_heads == "drop"
+        repeated = joining.repeated_lines(self._pages(document.id)) if drop else frozenset()
+        parts = joining.joined(
+            self._pages(document.id),
+            running_heads=document.options.running_heads,
+            join_pages=document.options.join_pages,
+            repeated=repeated,
+        )
+        number = 0
+        for part in parts:
+            if part.page != number:
+                number = part.page
+                yield joining.page_break(number)
+            yield figures.link(part.block) or part.block.text
 
     # What goes on beside the jobs
 

@@ -3,13 +3,13 @@
 import base64
 import binascii
 import hmac
-from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
+from vllm_unified.documents import products
 from vllm_unified.documents.api.callers import Asking
 from vllm_unified.documents.api.forms import Form, received
 from vllm_unified.documents.api.tasks import boxes_of, require_success, service_of
@@ -64,14 +64,14 @@ async def read_pdf(request: Request, caller: Asking) -> Response:
     if wanted not in (*OUTPUTS, "json"):
         message = f"output_format: {wanted[:40]!r} is unknown; use {', '.join(OUTPUTS)} or json"
         raise DocumentError(400, message, code="invalid_value")
-    options = msgspec.structs.replace(form.options, formats=() if wanted == "json" else (wanted,))  # type: ignore[arg-type]
+    options = msgspec.structs.replace(form.options, formats=() if wanted == "json" else (wanted,))
     task = await service.submit(form.one_file(), caller.key, options, "pdf", form.wishes)
     status = await service.wait(task.id)
     pages = await service.pages(task.id)
     require_success(status, pages)
     if wanted in OUTPUTS:
         file = service.folder_of(task.id) / OUTPUTS[wanted]
-        return FileResponse(file, filename=f"{PurePosixPath(task.name).stem}{file.suffix}")
+        return FileResponse(file, filename=products.name_for(file.name, task.name))
     grounded = form.flag("grounding", default=True)
     document = {
         "success": True,

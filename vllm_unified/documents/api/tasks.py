@@ -4,13 +4,13 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
+from vllm_unified.documents import products
 from vllm_unified.documents.api.callers import Asking, Caller
 from vllm_unified.documents.api.forms import received
 from vllm_unified.documents.jobs import Status
@@ -149,8 +149,8 @@ async def download(request: Request, caller: Asking, task_id: str, path: str) ->
     headers = {"x-content-type-options": "nosniff"}
     if path.endswith(".html"):  # a model's words, shown from our address
         headers["content-security-policy"] = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    name = file.name if path.startswith("images/") else f"{PurePosixPath(document.name).stem}{file.suffix}"
-    return FileResponse(file, filename=name, headers=headers)
+    name = file.name if path.startswith("images/") else products.name_for(path, document.name)
+    return FileResponse(file, media_type=products.MEDIA_TYPES.get(path), filename=name, headers=headers)
 
 
 # Their shapes
