@@ -38,7 +38,11 @@ def parts(*pages: Page, drop: bool = False) -> list[tuple[int, str]]:
         ("The spread of COVID-", "19 was fast.", "The spread of COVID-19 was fast."),
         ("It was measured in the state of", "New York, twice.", "It was measured in the state of New York, twice."),
         ("There were apples, pears,", "Williams pears too.", "There were apples, pears, Williams pears too."),
-        ("Results are given elsewhere (see", "(a) of the list).", "Results are given elsewhere (see (a) of the list)."),
+        (
+            "Results are given elsewhere (see",
+            "(again) the list).",
+            "Results are given elsewhere (see (again) the list).",
+        ),
         (
             "本研究采用了一种新的方法来处理跨页的段落，并且进行了",
             "验证，结果表明有效。",
@@ -132,7 +136,9 @@ def test_another_text_keeps_tables_apart(between: str) -> None:
 
 
 def report(number: int, head: str, foot: str) -> Page:
-    return page(number, f"{head}\nThis is the text of page {number * number}.\n\nIt ends.\n\n{foot}")
+    return page(
+        number, f"{head}\nThis is the text of page {number * number}.\n\nIt ends at {number * number}.\n\n{foot}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +148,9 @@ def report(number: int, head: str, foot: str) -> Page:
 def test_repeated_lines_are_running_heads(head: str, foot: str) -> None:
     pages = [report(number, head.format(number + 4), foot.format(number + 4)) for number in range(1, 6)]
     assert [text for _, text in parts(*pages, drop=True)] == [
-        text for number in range(1, 6) for text in (f"This is the text of page {number * number}.", "It ends.")
+        text
+        for number in range(1, 6)
+        for text in (f"This is the text of page {number * number}.", f"It ends at {number * number}.")
     ]
     assert len(parts(*pages)) == 3 * 5
 

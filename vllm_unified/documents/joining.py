@@ -442,7 +442,9 @@ def _paragraphs(text: str) -> Iterator[str]:
         opened = next((each for each in _FENCES if line.lstrip().startswith(each)), "")
         if fence:
             lines.append(line)
-            fence = "" if opened == fence else fence
+            if opened == fence:
+                yield "\n".join(lines)
+                lines, fence = [], ""
             continue
         is_alone = _HEADING.match(line) is not None
         if lines and (is_alone or opened or not line.strip()):
@@ -500,7 +502,7 @@ def _keys(line: str, page: int) -> Iterator[str]:
     numbers = list(_NUMBER.finditer(line))
     for number in {numbers[0], numbers[-1]} if numbers else ():
         before, after = line[: number.start()], line[number.end() :]
-        if not _COUNTED.search(before) or (before.endswith("第") and after.lstrip()[:1] in ("页", "頁")):
+        if not _COUNTED.search(before) or (before.rstrip().endswith("第") and after.lstrip()[:1] in ("页", "頁")):
             yield f"{before}#{int(number[0]) - page:+d}#{after}"
 
 
