@@ -208,6 +208,15 @@ class TestPassword:
         return any(self.SECRET.encode() in file.read_bytes() for file in path.parent.iterdir())
 
 
+def test_nothing_is_left_on_the_disk_of_what_was_deleted(store: Store, path: Path) -> None:
+    document = queued(store, 20, name="the secret.pdf")
+    store.start_pages({document: 20}, 11.0)
+    for number in range(1, 21):
+        store.page_done(document, number, Page(number=number, markdown="the secret " * 1000), 12.0)
+    store.delete(document)
+    assert not any(b"the secret" in file.read_bytes() for file in path.parent.iterdir())
+
+
 class TestRetry:
     def test_of_the_failed_pages_alone(self, store: Store) -> None:
         document = queued(store, 4)

@@ -294,9 +294,14 @@ class Store:
             return _existing(connection, document)
 
     def delete(self, document: str) -> bool:
-        """With its pages; False when there is none. Its files are the caller's to delete, afterwards."""
+        """With its pages, of which nothing is left on the disk; False when there is none.
+
+        Its files are the caller's to delete, afterwards.
+        """
         with self._transaction() as connection:
-            return bool(connection.execute(delete(DOCUMENTS).where(_of(document))).rowcount)
+            was_there = bool(connection.execute(delete(DOCUMENTS).where(_of(document))).rowcount)
+        self._empty_log()
+        return was_there
 
     def get(self, document: str) -> Document:
         """Raises DocumentError 404."""
