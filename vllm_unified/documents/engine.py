@@ -279,18 +279,18 @@ class InFlight:
     by a quarter at most (multiplicative decrease). Others may use the engine too: those that wait are everybody's.
     """
 
+    # Of what waits. vLLM counts a request as waiting for a moment even when it has room.
+    ENOUGH = 2
+    TOO_MANY = 4
+    # Between two changes, so that the engine has seen the pages that came of the last.
+    SETTLE_SECONDS = 1.0
+
     def __init__(self, start: int = 4, least: int = 1, most: int = MOST_IN_FLIGHT) -> None:
         self.limit = start
         self._least = least
         self._most = most
         self._fast = True
         self._changed = float("-inf")
-
-    # Of what waits. vLLM counts a request as waiting for a moment even when it has room.
-    ENOUGH = 2
-    TOO_MANY = 4
-    # Between two changes, so that the engine has seen the pages that came of the last.
-    SETTLE_SECONDS = 1.0
 
     def observe(self, queue: Queue, sent: int, now: float) -> None:
         """`sent`: pages that are in flight now; `now`: of any clock, in seconds. Call it about every second."""
