@@ -14,7 +14,7 @@ from typing import Any
 
 import docx
 import lxml.html  # type: ignore[import-untyped]
-import pypdfium2 as pdfium  # type: ignore[import-untyped]
+import pypdfium2 as pdfium
 import pytest
 from docx.table import Table
 from docx.text.paragraph import Paragraph

@@ -407,8 +407,15 @@ def _kind(path: Path, name: str) -> Kind:
 
 
 def _move_in(upload: Path, folder: Path) -> None:
+    """On the disk, whatever happens to the machine, when this returns."""
     folder.mkdir(mode=0o700)
     upload.rename(folder / INPUT)
+    for path in (folder / INPUT, folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _write_figures(folder: Path, files: dict[str, bytes]) -> None:

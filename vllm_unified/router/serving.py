@@ -93,7 +93,7 @@ class Router:
             return
         key = request.key = self.keys.authenticate(_token(request))
         if key is self.keys.deployment and b"x-on-behalf-of" in request.fields and path in BY_PATH:
-            request.key = self.keys.on_behalf_of(request.fields[b"x-on-behalf-of"].decode("latin-1"))
+            request.key = self.keys.on_behalf_of(request.fields[b"x-on-behalf-of"].decode("utf-8", "replace"))
 
     def _admit_to_documents(self, request: Request) -> None:
         is_infer = request.path == documents.INFER

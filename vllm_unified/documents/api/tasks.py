@@ -1,6 +1,7 @@
 """A document is a task: sent, watched, fetched, cancelled, deleted."""
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -256,21 +257,22 @@ def _iso(at: float | None) -> str | None:
 
 
 async def _events(service: Service, task_id: str) -> AsyncIterator[bytes]:
-    changes = aiter(service.jobs.events(task_id))
-    coming = asyncio.ensure_future(anext(changes))
-    try:
-        while True:
-            done, _ = await asyncio.wait((coming,), timeout=KEEP_ALIVE_SECONDS)
-            if not done:
-                yield b": still here\n\n"
-                continue
-            status = coming.result()
-            yield b"event: status\ndata: %b\n\n" % msgspec.json.encode(await task_document(service, status))
-            coming = asyncio.ensure_future(anext(changes))
-    except StopAsyncIteration:
-        pass
-    finally:
-        coming.cancel()
+    async with contextlib.aclosing(service.jobs.events(task_id)) as changes:
+        coming = asyncio.ensure_future(anext(changes))
+        try:
+            while True:
+                done, _ = await asyncio.wait((coming,), timeout=KEEP_ALIVE_SECONDS)
+                if not done:
+                    yield b": still here\n\n"
+                    continue
+                status = coming.result()
+                yield b"event: status\ndata: %b\n\n" % msgspec.json.encode(await task_document(service, status))
+                coming = asyncio.ensure_future(anext(changes))
+        except StopAsyncIteration:
+            pass
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
 
 
 # Who may
