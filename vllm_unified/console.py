@@ -194,19 +194,22 @@ def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Status:
-    """The deployment at one moment. `router`: its process as supervisord sees it; None without a supervisord."""
+    """The deployment at one moment. `router`, `documents`: their processes as supervisord sees them; None without a
+    supervisord, and for a service that the settings do not want."""
 
     settings: Settings
     router: str | None
+    documents: str | None
     rows: Sequence[Row]
     usage: Mapping[str, Usage]
 
     @classmethod
     def now(cls, settings: Settings) -> "Status":
         running = programs(settings.run)
-        router = None if running is None else str(running.get("router", {}).get("statename", "STOPPED")).lower()
+        router = None if running is None else _phase(running, "router")
+        documents = _phase(running, "documents") if running is not None and settings.reads_documents else None
         found = rows(settings)
-        return cls(settings, router, found, usage_of_all(settings, [row.state for row in found]))
+        return cls(settings, router, documents, found, usage_of_all(settings, [row.state for row in found]))
 
     @property
     def others(self) -> list[tuple[Model, str]]:
@@ -223,7 +226,10 @@ class Status:
         if self.router is None:
             return "not running; start it with ./deploy.sh start"
         models = state_table(self.rows, self.usage, self.others)
-        return Group(f"router    {self.settings.router_url}    {self.router}", models)
+        lines = [f"router    {self.settings.router_url}    {self.router}"]
+        if self.documents is not None:
+            lines.append(f"documents {self.settings.documents_url}    {self.documents}")
+        return Group(*lines, models)
 
     def document(self) -> dict[str, Any]:
         """Stable: fields are added, never renamed. Times are seconds since the epoch, sizes bytes."""
@@ -232,11 +238,16 @@ class Status:
             "config": str(self.settings.file),
             "ready": self.ready,
             "router": {"state": self.router or "stopped", "port": self.settings.router.port},
+            "documents": {"state": self.documents or "stopped", "port": self.settings.documents.port},
             "models": {
                 **{row.model.key: _document_of(row, self.usage[row.model.key]) for row in self.rows},
                 **{model.key: {**_said_of(model), "state": word} for model, word in self.others},
             },
         }
+
+
+def _phase(running: Mapping[str, Any], program: str) -> str:
+    return str(running.get(program, {}).get("statename", "STOPPED")).lower()
 
 
 def _said_of(model: Model) -> dict[str, Any]:
