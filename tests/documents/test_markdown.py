@@ -66,7 +66,7 @@ def test_nothing_that_acts_or_leads_elsewhere(markdown: str) -> None:
     ("markdown", "expected"),
     [
         ("# A *b*", "<h1>A <em>b</em></h1>"),
-        ("~~a~~ <sup>2</sup>", "<p><del>a</del> <sup>2</sup></p>"),
+        ("~~a~~ <sup>2</sup>", "<p><s>a</s> <sup>2</sup></p>"),
         ("![f](images/page-2-img-1.jpg)", '<p><img src="images/page-2-img-1.jpg" alt="f"></p>'),
         ("[a](https://a.example/?b=1&c=2)", '<p><a href="https://a.example/?b=1&amp;c=2" rel="noopener noreferrer '
          'nofollow">a</a></p>'),
@@ -135,7 +135,7 @@ Two words, m^2, a link (https://a.example/).
 \u5b63\u5ea6      Revenue
 --------  -------
 \u7b2c\u4e00\u5b63\u5ea6     12.5
-              8
+                8
 both columns
 
 a * b

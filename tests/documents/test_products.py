@@ -162,7 +162,7 @@ def test_the_archive(folder: Path) -> None:
         ("a\x00b.pdf", "ab.md"),
         ("", "document.md"),
         ("..", "document.md"),
-        (".pdf", "document.md"),
+        (".pdf", "pdf.md"),
         ("😀.pdf", "😀.md"),
         ("x" * 4096 + ".pdf", "x" * 100 + ".md"),
         ("報" * 4096, "報" * 33 + ".md"),
