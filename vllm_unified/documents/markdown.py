@@ -69,7 +69,8 @@ def fragments(markdown: str) -> Iterator[str]:
 
     Whatever the Markdown holds, a piece has no script, no style, no address but http, https and mailto, and no image
     but the document's own; neither depth nor length of it costs more than its share. No text is dropped but that
-    of `<script>` and `<style>`. The source of formulas stays as it is: `\\(…\\)`, `\\[…\\]`, `$…$`, `$$…$$`.
+    of `<script>` and `<style>`, and of quotations and lists that are more than 20 deep. The
+    source of formulas stays as it is: `\\(…\\)`, `\\[…\\]`, `$…$`, `$$…$$`.
     """
     for part in _parts(without_controls(markdown)):
         unsafe = part.text if part.is_table else _PARSER.render(part.text)
