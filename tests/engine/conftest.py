@@ -216,7 +216,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 
 def ports_and_environment(home: Path) -> tuple[dict[str, int], dict[str, str]]:
-    ports = {name: free_port() for name in ("router", *KEYS)}
+    ports = {name: free_port() for name in ("router", "documents", *KEYS)}
     environ = {
         **os.environ,
         "VLLM_UNIFIED_HOME": str(home),

@@ -112,6 +112,7 @@ def test_a_field_that_waits_for_a_restart_of_all(project: Project, section: str,
 
 FIELDS_OF_VARIABLES = {
     "VLLM_ROUTER_PORT": "router.port",
+    "VLLM_DOCUMENTS_PORT": "documents.port",
     "MAX_UPLOAD_SIZE_MB": "documents.max_upload_mib",
     "PDF_MAX_CONCURRENCY": "documents.pages_in_flight",
     "PDF_WORKER_DPI": "documents.dpi",

@@ -236,6 +236,7 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
     "INTERNAL_API_TOKEN": ("secret", lambda settings: settings.environment.internal_api_token),
+    "VLLM_DOCUMENTS_PORT": ("9010", lambda settings: settings.documents_url),
     "MAX_UPLOAD_SIZE_MB": ("7", of_documents("max_upload_mib")),
     "PDF_MAX_CONCURRENCY": ("7", of_documents("pages_in_flight")),
     "PDF_WORKER_DPI": ("77", of_documents("dpi")),

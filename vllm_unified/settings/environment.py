@@ -59,6 +59,9 @@ class Environment(BaseModel):
         description="what /internal/infer wants; closed without it",
         repr=False,
     )
+    documents_port: Port | None = Field(
+        default=None, alias="VLLM_DOCUMENTS_PORT", description="wins over documents.port"
+    )
     max_upload_mib: int | None = Field(
         default=None, alias="MAX_UPLOAD_SIZE_MB", ge=1, le=65536, description="wins over documents.max_upload_mib"
     )
@@ -170,7 +173,15 @@ def ensure_api_key(home: Path, environ: Mapping[str, str]) -> bool:
 
 
 # Those that win over a field of models.json.
-FIELD_VARIABLES = ("router_port", "max_upload_mib", "pages_in_flight", "dpi", "retries", "skip_joining")
+FIELD_VARIABLES = (
+    "router_port",
+    "documents_port",
+    "max_upload_mib",
+    "pages_in_flight",
+    "dpi",
+    "retries",
+    "skip_joining",
+)
 SECRET_VARIABLES = tuple(variable_of(field) for field in ("api_key", "hf_token", "internal_api_token"))
 
 

@@ -229,6 +229,7 @@ def _parsed(kind: type[File], read: Callable[[], Any], shown: str, problems: lis
 
 def _documents(given: DocumentsSettings, environment: Environment) -> DocumentsSettings:
     said = {name: getattr(environment, name) for name in ("max_upload_mib", "pages_in_flight", "dpi", "retries")}
+    said["port"] = environment.documents_port
     if environment.skip_joining is not None:
         said["join_pages"] = not environment.skip_joining
     return given.model_copy(update={name: value for name, value in said.items() if value is not None})
@@ -358,7 +359,7 @@ class _Resolver:
         overrides: dict[str, int] = {}
         for variable, value in sorted(self.variables.values.items()):
             match = PORT_VARIABLE.match(variable)
-            if not match or variable == variable_of("router_port"):
+            if not match or variable in (variable_of("router_port"), variable_of("documents_port")):
                 continue
             keys = self._keys_meant(match[1].lower(), variable)
             if not keys:

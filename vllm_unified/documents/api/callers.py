@@ -37,7 +37,9 @@ def caller_of(request: Request) -> Caller:
     if name is None:
         return Caller(DEPLOYMENT, admin=True)
     # The router writes UTF-8, and headers are read as latin-1.
-    return Caller(name.encode("latin-1").decode("utf-8", "replace"), admin=request.headers.get("x-api-key-admin") == "1")
+    return Caller(
+        name.encode("latin-1").decode("utf-8", "replace"), admin=request.headers.get("x-api-key-admin") == "1"
+    )
 
 
 Asking = Annotated[Caller, Depends(caller_of)]
