@@ -1,0 +1,63 @@
+"""Documents through the whole of it: the router, the document service, the OCR model on the real vLLM."""
+
+import io
+import time
+import zipfile
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from demo.training import ocr, pages
+from tests.engine.conftest import HEADERS, Demo
+
+PAGES = (
+    pages.written(["# Order 5518", "6 x pump, type B-30", "Total: $1,204.50"]),
+    pages.written(["# Terms", "Paid within 30 days.", "", "Returns: see page 1."], size=23),
+)
+
+
+def pdf_of(drawn: tuple[pages.Page, ...]) -> bytes:
+    first, *others = (page.draw() for page in drawn)
+    written = io.BytesIO()
+    # As many points as pixels, so that 72 dpi draws them as they are.
+    first.save(written, "PDF", save_all=True, append_images=others, resolution=72)
+    return written.getvalue()
+
+
+@pytest.fixture
+def client(demo: Demo) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=demo.url("router").removesuffix("/v1"), headers=HEADERS, timeout=120) as client:
+        yield client
+
+
+def test_a_pdf_becomes_markdown(client: httpx.Client) -> None:
+    sent = {"files": {"pdf": ("order.pdf", pdf_of(PAGES))}, "data": {"dpi": "72", "formats": "html,docx,text"}}
+    task_id = client.post("/api/ocr/pdf", **sent).raise_for_status().json()["task_id"]  # type: ignore[arg-type]
+    task = client.get(f"/api/tasks/{task_id}", params={"wait": 100}).json()
+    assert task["status"] == "succeeded", task
+    assert task["fallback_pages"] == []
+    wrong = letters = 0
+    for page, read in zip(PAGES, task["result"]["pages"], strict=True):
+        wrong += ocr.edit_distance(page.markdown, read["markdown"])
+        letters += len(page.markdown)
+    # JPEG and the service's prompt are not what it was trained on alone.
+    assert wrong <= 0.05 * letters, task["result"]["pages"]
+    archive = zipfile.ZipFile(io.BytesIO(client.get(task["result"]["archive_url"]).content))
+    markdown = archive.read("result.md").decode()
+    assert markdown.startswith("<!-- page 1 -->")
+    assert "<!-- page 2 -->" in markdown
+    assert client.delete(f"/api/tasks/{task_id}").status_code == 204
+
+
+def test_an_image_is_read_while_the_client_waits(client: httpx.Client) -> None:
+    written = io.BytesIO()
+    PAGES[0].draw().save(written, "PNG")
+    began = time.monotonic()
+    answer = client.post("/api/ocr/image", files={"image": ("order.png", written.getvalue())}).raise_for_status()
+    assert ocr.edit_distance(PAGES[0].markdown, answer.json()["text"]) <= 2
+    print("seconds for a page:", time.monotonic() - began)
+
+
+def test_status_shows_the_service(demo: Demo) -> None:
+    assert demo.status()["documents"] == {"state": "running", "port": demo.ports["documents"]}
