@@ -142,11 +142,20 @@ class TestTasks:
         with zipfile.ZipFile(packed, "w") as archive:
             archive.writestr("one.png", page_image(1))
             archive.writestr("two.pdf", pdf_of(2))
+            archive.writestr("notes.txt", "just text")
         answer = client.post("/api/ocr/pdf", files={"file": ("all.zip", packed.getvalue())})
         assert answer.status_code == 202
         assert len(answer.json()["task_ids"]) == 2
+        assert len(answer.json()["skipped"]) == 1
         for task_id in answer.json()["task_ids"]:
             assert ended(client, task_id)["status"] == "succeeded"
+
+    def test_of_several_files_all_are_taken_or_none(self, served: Served, client: httpx.Client) -> None:
+        before = client.get("/api/tasks").json()["counts"]
+        files = [("files", ("good.pdf", pdf_of(1))), ("files", ("bad.pdf", b"%PDF-1.7\nnothing"))]
+        assert client.post("/api/ocr/pdf", files=files).status_code == 422
+        assert client.get("/api/tasks").json()["counts"] == before
+        assert list((served.project.home / "data" / "documents" / "incoming").iterdir()) == []
 
     def test_waiting(self, client: httpx.Client) -> None:
         answer = client.post("/api/ocr/pdf", files={"pdf": ("a.pdf", pdf_of(1))}, params={"wait": 60})

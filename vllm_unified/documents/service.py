@@ -57,8 +57,9 @@ class Wishes:
     webhook_secret: str = ""
 
     def of(self, number: int) -> "Wishes":
-        """Those of one of several files of a request."""
-        return replace(self, idempotency_key=f"{self.idempotency_key}#{number}") if self.idempotency_key else self
+        """Those of one of several files of a request: of the first they are the request's own."""
+        keyed = self.idempotency_key and number
+        return replace(self, idempotency_key=f"{self.idempotency_key}#{number}") if keyed else self
 
 
 class Service:

@@ -1,7 +1,7 @@
 """What a client sends beside its key: files, options, wishes."""
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -31,6 +31,7 @@ class Form:
     def one_file(self) -> Upload:
         """Raises DocumentError 400."""
         if len(self.files) != 1:
+            discard(self.files)
             message = f"send one file here, not {len(self.files)}" if self.files else "the form has no file in it"
             raise DocumentError(400, message, code="invalid_form")
         return self.files[0]
@@ -38,23 +39,24 @@ class Form:
     def flag(self, name: str, *, default: bool) -> bool:
         return flag_in(self.fields, name, default=default)
 
-    async def unpacked(self, service: Service) -> list[Upload]:
+    async def unpacked(self, service: Service) -> uploads.Unpacked:
         """The files, with those in ZIPs in place of the ZIPs. Raises DocumentError 400 where there is none."""
-        found: list[Upload] = []
-        for upload in self.files:
-            if upload.kind is not Kind.ZIP:
-                found.append(upload)
-                continue
-            try:
+        found, skipped = list(self.files), list[str]()
+        try:
+            for upload in [each for each in self.files if each.kind is Kind.ZIP]:
                 inside = await asyncio.to_thread(
                     uploads.unpack, upload, service.incoming, max_bytes=service.max_upload_bytes
                 )
-            finally:
-                upload.path.unlink(missing_ok=True)
-            found += inside.files
-        if not found:
-            raise DocumentError(400, "the form has no file in it", code="invalid_form")
-        return found
+                at = found.index(upload)
+                found[at : at + 1] = inside.files
+                skipped += inside.skipped
+                discard([upload])
+            if not found:
+                raise DocumentError(400, "the form has no file in it", code="invalid_form")
+        except DocumentError:
+            discard(found)
+            raise
+        return uploads.Unpacked(found, skipped)
 
 
 async def received(
@@ -69,9 +71,14 @@ async def received(
     try:
         return service, _form(request, service, form.fields, tuple(form.files), known)
     except DocumentError:
-        for upload in form.files:
-            upload.path.unlink(missing_ok=True)
+        discard(form.files)
         raise
+
+
+def discard(files: Iterable[Upload]) -> None:
+    """Uploads that became no task."""
+    for upload in files:
+        upload.path.unlink(missing_ok=True)
 
 
 async def json_form(request: Request, known: Collection[str] = ()) -> tuple[Service, Form]:

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from vllm_unified.documents import products
 from vllm_unified.documents.api.callers import Asking, Caller
-from vllm_unified.documents.api.forms import received
+from vllm_unified.documents.api.forms import discard, received
 from vllm_unified.documents.jobs import Status
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
@@ -59,10 +59,16 @@ async def read_image(request: Request, caller: Asking) -> Response:
 async def read_pdf(request: Request, caller: Asking, wait: Wait = 0.0) -> Response:
     """A PDF, an image of many pages, or a ZIP of such: read in the background, a task for each file."""
     service, form = await received(request, caller, ("pdf", "file", "files", "image"))
-    tasks = [
-        await service.submit(upload, caller.key, form.options, "pdf", form.wishes.of(number))
-        for number, upload in enumerate(await form.unpacked(service))
-    ]
+    unpacked = await form.unpacked(service)
+    tasks: list[Document] = []
+    try:
+        for number, upload in enumerate(unpacked.files):
+            tasks.append(await service.submit(upload, caller.key, form.options, "pdf", form.wishes.of(number)))
+    except DocumentError:  # all of them or none
+        discard(unpacked.files)
+        for task in tasks:
+            await service.delete(task.id)
+        raise
     if wait and len(tasks) == 1:
         status = await service.jobs.wait(tasks[0].id, min(wait, LONGEST_WAIT))
         if status.is_finished:
@@ -70,6 +76,8 @@ async def read_pdf(request: Request, caller: Asking, wait: Wait = 0.0) -> Respon
     answer: dict[str, Any] = {"task_id": tasks[0].id}
     if len(tasks) > 1:
         answer["task_ids"] = [task.id for task in tasks]
+    if unpacked.skipped:
+        answer["skipped"] = unpacked.skipped
     return JSONResponse(answer, 202, {"location": f"/api/tasks/{tasks[0].id}"})
 
 
