@@ -24,11 +24,11 @@ class PlainText:
         self._after_item = False
 
     def add(self, block: Paragraph | Table) -> None:
-        is_item = isinstance(block, Paragraph) and block.kind == "item"
-        follows = is_item and self._after_item and not (block.begins and block.level == 1)
+        item = block if isinstance(block, Paragraph) and block.kind == "item" else None
+        follows = item is not None and self._after_item and not (item.begins and item.level == 1)
         if not self._is_first and not follows:
             self._file.write("\n")
-        self._is_first, self._after_item = False, is_item
+        self._is_first, self._after_item = False, item is not None
         for line in _table(block) if isinstance(block, Table) else _paragraph(block):
             self._file.write(f"{line.rstrip()}\n")
 
