@@ -1,14 +1,11 @@
 """layout.pdf: each page as it was read, with the boxes of its blocks drawn over it, numbered and labelled."""
 
 import io
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
-from zlib import crc32
+from typing import BinaryIO, NamedTuple
 
-import pikepdf
 from PIL import Image, ImageOps
 
 from vllm_unified.documents.page import FIGURES, RUNNING_HEADS, Page, as_shares
@@ -18,9 +15,6 @@ LONGEST_SIDE = 842.0
 # Of an image as it is embedded: 150 dpi on that page. One that is larger is made smaller.
 LONGEST_IMAGE = 1754
 MOST_BOXES = 2000
-# qpdf keeps the pages of a file that it makes in memory, and those of a file that it reads on disk.
-PART_BYTES = 16 << 20
-PART_PAGES = 256
 
 FONT_SIZE = 7.0
 # Courier's letters are all as wide, so that a label can be measured without the font.
@@ -44,68 +38,62 @@ COLOURS: dict[str, Colour] = {
 OTHER_COLOURS: tuple[Colour, ...] = ((0.55, 0.10, 0.25), (0.15, 0.30, 0.55), (0.25, 0.45, 0.10), (0.50, 0.30, 0.10))
 
 
-def write_layout(path: Path, pages: Iterable[Page], image_of: Callable[[int], Path | None]) -> int:
-    """Writes a PDF to `path`; returns how many pages it has, and writes nothing for none.
+def write_layout(file: BinaryIO, pages: Iterable[Page], image_of: Callable[[int], Path | None]) -> int:
+    """Writes a PDF, page by page, to an empty `file`; returns how many pages it has.
 
-    `image_of(number)` is the file of the page as it was read, upright; without one the page is white. Parts of it go
-    to the folder of `path` and are removed. Memory holds one part of PART_BYTES. Raises OSError.
+    `image_of(number)` is the file of the page as it was read, upright; without one the page is white. Memory holds one
+    page, and a number for each that is written. Raises OSError.
     """
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".layout-", dir=path.parent)))
-        whole = stack.enter_context(pikepdf.new())
-        for part in _write_parts(folder, pages, image_of):
-            whole.pages.extend(stack.enter_context(pikepdf.open(part)).pages)
-        count = len(whole.pages)
-        if count:
-            whole.save(path, deterministic_id=True)
-        return count
-
-
-def _write_parts(folder: Path, pages: Iterable[Page], image_of: Callable[[int], Path | None]) -> Iterator[Path]:
-    part, size, written = pikepdf.new(), 0, 0
+    pdf = _Pdf(file)
     for page in pages:
-        size += _add_page(part, page, image_of(page.number))
-        if size > PART_BYTES or len(part.pages) >= PART_PAGES:
-            yield _saved(part, folder / f"{written}.pdf")
-            part, size, written = pikepdf.new(), 0, written + 1
-    if len(part.pages):
-        yield _saved(part, folder / f"{written}.pdf")
+        image = image_of(page.number)
+        _add_page(pdf, page, None if image is None else _picture(image))
+    pdf.close()
+    return len(pdf.pages)
 
 
-def _saved(part: pikepdf.Pdf, path: Path) -> Path:
-    part.save(path, static_id=True)
-    part.close()
-    return path
+class _Pdf:
+    """ISO 32000-1, 7.5, as far as pages of one image and some lines need it.
 
+    fpdf2 keeps a document's images in memory until it is saved, and so does pikepdf those of files that it merges:
+    three thousand pages are more than the service may have.
+    """
 
-def _add_page(part: pikepdf.Pdf, page: Page, image: Path | None) -> int:
-    """How many bytes it took."""
-    picture = _picture(image) if image is not None else None
-    pixels = (page.width, page.height) if page.width > 0 and page.height > 0 else None
-    if pixels is None:
-        pixels = (picture.width, picture.height) if picture is not None else (595, 842)
-    scale = LONGEST_SIDE / max(pixels)
-    # A strip of 100,000 by 10 pixels is still a page that viewers open.
-    width, height = (max(36.0, side * scale) for side in pixels)
-    part.add_blank_page(page_size=(width, height))
-    drawn = part.pages[-1]
-    drawn.Resources = pikepdf.Dictionary(
-        Font=pikepdf.Dictionary(
-            F=pikepdf.Dictionary(
-                Type=pikepdf.Name.Font,
-                Subtype=pikepdf.Name.Type1,
-                BaseFont=pikepdf.Name("/Courier-Bold"),
-                Encoding=pikepdf.Name.WinAnsiEncoding,
-            )
-        )
-    )
-    content = [] if picture is None else [b"q %.2f 0 0 %.2f 0 0 cm /I Do Q" % (width, height)]
-    if picture is not None:
-        drawn.Resources.XObject = pikepdf.Dictionary(I=_embedded(part, picture))
-    content += _overlay(page, width, height)
-    stream = b"\n".join(content)
-    drawn.Contents = part.make_stream(stream)
-    return len(stream) + (len(picture.jpeg) if picture is not None else 0)
+    CATALOG, TREE, FONT = 1, 2, 3
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._offsets: dict[int, int] = {}
+        self._last = self.FONT
+        self.pages: list[int] = []
+        file.write(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n")
+        font = b"<</Type/Font/Subtype/Type1/BaseFont/Courier-Bold/Encoding/WinAnsiEncoding>>"
+        self._write(self.FONT, font)
+
+    def add(self, dictionary: bytes, stream: bytes | None = None) -> int:
+        """The number of the new object. `dictionary` is what stands between its signs."""
+        self._last += 1
+        if stream is None:
+            self._write(self._last, b"<<%s>>" % dictionary)
+        else:
+            head = b"<<%s/Length %d>>stream\n" % (dictionary, len(stream))
+            self._write(self._last, b"%s%s\nendstream" % (head, stream))
+        return self._last
+
+    def close(self) -> None:
+        kids = b" ".join(b"%d 0 R" % page for page in self.pages)
+        self._write(self.TREE, b"<</Type/Pages/Count %d/Kids[%s]>>" % (len(self.pages), kids))
+        self._write(self.CATALOG, b"<</Type/Catalog/Pages %d 0 R>>" % self.TREE)
+        begin = self._file.tell()
+        self._file.write(b"xref\n0 %d\n0000000000 65535 f \n" % (self._last + 1))
+        for number in range(1, self._last + 1):
+            self._file.write(b"%010d 00000 n \n" % self._offsets[number])
+        trailer = b"trailer\n<</Size %d/Root %d 0 R>>\nstartxref\n%d\n%%%%EOF\n"
+        self._file.write(trailer % (self._last + 1, self.CATALOG, begin))
+
+    def _write(self, number: int, content: bytes) -> None:
+        self._offsets[number] = self._file.tell()
+        self._file.write(b"%d 0 obj\n%s\nendobj\n" % (number, content))
 
 
 class _Picture(NamedTuple):
@@ -113,6 +101,35 @@ class _Picture(NamedTuple):
     width: int
     height: int
     is_grey: bool
+
+
+def _add_page(pdf: _Pdf, page: Page, picture: _Picture | None) -> None:
+    pixels = (page.width, page.height) if page.width > 0 and page.height > 0 else None
+    if pixels is None:
+        pixels = (595, 842) if picture is None else (picture.width, picture.height)
+    scale = LONGEST_SIDE / max(pixels)
+    # A strip of 100,000 by 10 pixels is still a page that viewers open.
+    width, height = (max(36.0, side * scale) for side in pixels)
+    resources = b"/Font<</F %d 0 R>>" % pdf.FONT
+    content = _overlay(page, width, height)
+    if picture is not None:
+        content.insert(0, b"q %.2f 0 0 %.2f 0 0 cm /I Do Q" % (width, height))
+        resources += b"/XObject<</I %d 0 R>>" % _add_picture(pdf, picture)
+    drawn = pdf.add(b"/Filter/FlateDecode", zlib.compress(b"\n".join(content)))
+    pdf.pages.append(
+        pdf.add(
+            b"/Type/Page/Parent %d 0 R/MediaBox[0 0 %.2f %.2f]/Resources<<%s>>/Contents %d 0 R"
+            % (pdf.TREE, width, height, resources, drawn)
+        )
+    )
+
+
+def _add_picture(pdf: _Pdf, picture: _Picture) -> int:
+    return pdf.add(
+        b"/Type/XObject/Subtype/Image/Width %d/Height %d/ColorSpace/%s/BitsPerComponent 8/Filter/DCTDecode"
+        % (picture.width, picture.height, b"DeviceGray" if picture.is_grey else b"DeviceRGB"),
+        picture.jpeg,
+    )
 
 
 def _picture(path: Path) -> _Picture | None:
@@ -130,19 +147,6 @@ def _picture(path: Path) -> _Picture | None:
             return _Picture(jpeg.getvalue(), upright.width, upright.height, is_grey=False)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-
-
-def _embedded(part: pikepdf.Pdf, picture: _Picture) -> pikepdf.Stream:
-    return part.make_stream(
-        picture.jpeg,
-        Type=pikepdf.Name.XObject,
-        Subtype=pikepdf.Name.Image,
-        Width=picture.width,
-        Height=picture.height,
-        ColorSpace=pikepdf.Name.DeviceGray if picture.is_grey else pikepdf.Name.DeviceRGB,
-        BitsPerComponent=8,
-        Filter=pikepdf.Name.DCTDecode,
-    )
 
 
 def _overlay(page: Page, width: float, height: float) -> list[bytes]:
@@ -175,7 +179,7 @@ def _notes(page: Page, not_drawn: int) -> list[str]:
 
 
 def _colour_of(label: str) -> Colour:
-    return COLOURS.get(label) or OTHER_COLOURS[crc32(label.encode("utf-8", "replace")) % len(OTHER_COLOURS)]
+    return COLOURS.get(label) or OTHER_COLOURS[zlib.crc32(label.encode("utf-8", "replace")) % len(OTHER_COLOURS)]
 
 
 def _label(text: str, colour: Colour, x: float, y: float, width: float, height: float) -> bytes:

@@ -84,7 +84,7 @@ def write_products(
     whole in order, each piece of whole blocks. `image_of(number)` is the image of a page as it was read.
 
     Each file appears whole or not at all, and a second run over the same pages writes the same bytes. In memory are
-    one page, one piece of Markdown and a part of layout.pdf. It computes: call it in a thread or process of its own.
+    one page and one piece of Markdown. It computes: call it in a thread or process of its own.
     Raises OSError where the disk does not take it.
     """
     _write_raw(folder / RAW, pages())
@@ -262,14 +262,11 @@ def _figure(folder: Path, figure: str) -> Path | None:
 
 
 def _write_layout(path: Path, pages: Iterable[Page], image_of: Callable[[int], Path | None]) -> None:
-    unfinished = _unfinished(path)
-    try:
-        if write_layout(unfinished, pages, image_of):
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """None for a document of no pages: no viewer opens such a PDF."""
+    with _replacing(path) as file:
+        count = write_layout(file, pages, image_of)
+    if not count:
+        path.unlink()
 
 
 def _images(folder: Path) -> list[str]:
