@@ -108,7 +108,7 @@ def raw_page(page: Page) -> dict[str, Any]:
         "page_number": page.number,
         "raw_text": page.raw_text,
         "markdown": page.markdown,
-        "boxes": [{"label": block.label, "box": box} for block in page.blocks for box in block.boxes],
+        "boxes": boxes_of(page),
         "image_assets": [block.asset for block in page.blocks if block.asset],
         "image_dims": {"w": page.width, "h": page.height},
         "blocks": [_raw_block(block, page) for block in page.blocks],
@@ -121,6 +121,11 @@ def raw_page(page: Page) -> dict[str, Any]:
         "completion_tokens": page.completion_tokens,
         "seconds": page.seconds,
     }
+
+
+def boxes_of(page: Page) -> list[dict[str, Any]]:
+    """As clients of older services know them. A line that was read with its place has no label but what it says."""
+    return [{"label": block.label or block.text, "box": list(box)} for block in page.blocks for box in block.boxes]
 
 
 def name_for(file: str, name: str) -> str:

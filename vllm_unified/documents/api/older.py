@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from vllm_unified.documents import products
 from vllm_unified.documents.api.callers import Asking
 from vllm_unified.documents.api.forms import Form, received
-from vllm_unified.documents.api.tasks import boxes_of, require_success, service_of
+from vllm_unified.documents.api.tasks import require_success, service_of
 from vllm_unified.documents.options import Options, checked
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
@@ -48,7 +48,7 @@ async def read_image(request: Request, caller: Asking) -> Response:
         "success": True,
         "text": "\n\n".join(page.markdown for page in pages),
         "raw_text": "\n\n".join(page.raw_text for page in pages),
-        "boxes": boxes_of(first) if form.flag("grounding", default=True) else [],
+        "boxes": products.boxes_of(first) if form.flag("grounding", default=True) else [],
         "image_dims": {"w": first.width, "h": first.height},
         "metadata": _metadata(form),
     }
@@ -114,7 +114,7 @@ def _page(page: Page, *, grounded: bool) -> dict[str, Any]:
         "page_number": page.number,
         "text": page.markdown,
         "raw_text": page.raw_text,
-        "boxes": boxes_of(page) if grounded else [],
+        "boxes": products.boxes_of(page) if grounded else [],
         "images": [block.asset for block in page.blocks if block.asset],
         "image_dims": {"w": page.width, "h": page.height},
         "warnings": [*page.warnings, *([page.reason] if page.reason else [])],

@@ -45,7 +45,7 @@ async def read_image(request: Request, caller: Asking) -> Response:
         "success": True,
         "text": "\n\n".join(page.markdown for page in pages),
         "raw_text": "\n\n".join(page.raw_text for page in pages),
-        "boxes": boxes_of(first),
+        "boxes": products.boxes_of(first),
         "image_dims": {"w": first.width, "h": first.height},
         "task_id": status.id,
         "timing": timing,
@@ -179,35 +179,16 @@ async def task_document(service: Service, status: Status) -> dict[str, Any]:
 async def _result(service: Service, task_id: str) -> dict[str, Any]:
     at = f"/api/tasks/{task_id}/download"
     pages = await service.pages(task_id)
-    products = await asyncio.to_thread(service.products, task_id)
+    files = await asyncio.to_thread(service.products, task_id)
     assets = [block.asset for page in pages for block in page.blocks if block.asset]
     return {
         "markdown_url": f"{at}/result.md",
         "raw_json_url": f"{at}/raw.json",
         "archive_url": f"{at}/result.zip",
         "image_urls": [f"{at}/{asset}" for asset in assets],
-        "product_urls": {name: f"{at}/{name}" for name in products},
-        "pages": [page_document(number, page) for number, page in enumerate(pages)],
+        "product_urls": {name: f"{at}/{name}" for name in files},
+        "pages": [products.raw_page(page) for page in pages],
     }
-
-
-def page_document(index: int, page: Page) -> dict[str, Any]:
-    return {
-        "index": index,
-        "page_number": page.number,
-        "markdown": page.markdown,
-        "raw_text": page.raw_text,
-        "image_assets": [block.asset for block in page.blocks if block.asset],
-        "boxes": boxes_of(page),
-        "image_dims": {"w": page.width, "h": page.height},
-        "source": page.source,
-        "reason": page.reason,
-        "warnings": list(page.warnings),
-    }
-
-
-def boxes_of(page: Page) -> list[dict[str, Any]]:
-    return [{"label": block.label, "box": list(box)} for block in page.blocks for box in block.boxes]
 
 
 def _entry(status: Status) -> dict[str, Any]:
