@@ -55,7 +55,7 @@ def test_an_image_is_read_while_the_client_waits(client: httpx.Client) -> None:
     PAGES[0].draw().save(written, "PNG")
     began = time.monotonic()
     answer = client.post("/api/ocr/image", files={"image": ("order.png", written.getvalue())}).raise_for_status()
-    assert ocr.edit_distance(PAGES[0].markdown, answer.json()["text"]) <= 2
+    assert ocr.edit_distance(PAGES[0].markdown, answer.json()["text"]) <= 3
     print("seconds for a page:", time.monotonic() - began)
 
 
