@@ -368,7 +368,10 @@ def _examples(settings: Settings) -> Iterator[str]:
             yield f"{_curl(settings, path)} -d {shlex.quote(document)}"
     if (reader := by_kind.get("ocr")) and (page := settings.folder(reader) / EXAMPLE_PAGE).exists():
         # The picture is too long for an argument: it goes into the middle of the document on standard input.
-        content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,@"}}]
+        content = [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,@"}},
+            {"type": "text", "text": "Free OCR."},
+        ]
         document = json.dumps({"model": reader.name, "messages": [{"role": "user", "content": content}]})
         before, _, after = document.rpartition("@")
         picture = f"base64 -w0 {shlex.quote(str(page))}"

@@ -148,7 +148,9 @@ class TestThrough:
     def test_a_page_is_streamed(self, demo: Demo, door: str) -> None:
         asked: dict[str, Any] = {
             "model": "demo-ocr",
-            "messages": messages([{"type": "image_url", "image_url": {"url": picture()}}]),
+            "messages": messages(
+                [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "Free OCR."}]
+            ),
         }
         with demo.client("ocr" if door == "own" else "router") as client:
             answer = client.chat.completions.create(**asked)
