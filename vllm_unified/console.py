@@ -343,8 +343,9 @@ EXAMPLES: dict[Kind, tuple[str, dict[str, Any]]] = {
         },
     ),
     "embedding": ("/v1/embeddings", {"input": "What is the capital of France?"}),
-    "ocr": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}),
 }
+# What an OCR model may carry in its folder, to be tried with.
+EXAMPLE_PAGE = "page.png"
 
 
 def welcome_text(settings: Settings) -> str:
@@ -369,15 +370,31 @@ def welcome_text(settings: Settings) -> str:
 
 
 def _examples(settings: Settings) -> Iterator[str]:
-    names = {model.type: model.name for model in reversed(settings.models)}
-    # An OCR model wants a picture, and an embedding is no answer for people: these only where nothing else is.
-    shown = [kind for kind in ("chat", "rerank") if kind in names] or [kind for kind in EXAMPLES if kind in names][:1]
-    for kind in shown:
-        path, body = EXAMPLES[kind]
-        document = json.dumps({"model": names[kind], **body}, ensure_ascii=False)
-        headers = """-H "Authorization: Bearer $KEY" -H 'Content-Type: application/json'"""
-        yield f"curl {settings.router_url}{path} {headers} \\"
-        yield f"  -d {shlex.quote(document)}"
+    by_kind = {model.type: model for model in reversed(settings.models)}
+    if by_kind.keys() - {"embedding"}:
+        by_kind.pop("embedding", None)  # hundreds of numbers are no answer for people
+    for kind, (path, body) in EXAMPLES.items():
+        if kind in by_kind:
+            document = json.dumps({"model": by_kind[kind].name, **body}, ensure_ascii=False)
+            yield f"{_curl(settings, path)} -d {shlex.quote(document)}"
+    if (reader := by_kind.get("ocr")) and (page := settings.folder(reader) / EXAMPLE_PAGE).exists():
+        # The picture is too long for an argument: it goes into the middle of the document on standard input.
+        content = [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,@"}},
+            {"type": "text", "text": "Free OCR."},
+        ]
+        document = json.dumps({"model": reader.name, "messages": [{"role": "user", "content": content}]})
+        before, _, after = document.rpartition("@")
+        picture = f"base64 -w0 {shlex.quote(str(page))}"
+        yield f"(printf %s {shlex.quote(before)}; {picture}; printf %s {shlex.quote(after)}) |"
+        yield f"  {_curl(settings, '/v1/chat/completions')} -d @-"
+
+
+def _curl(settings: Settings, path: str) -> str:
+    return (
+        f"curl {settings.router_url}{path} "
+        """-H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\\n """
+    )
 
 
 def keys_table(

@@ -38,9 +38,8 @@ CARD = Path(__file__).with_name("ocr.card.md")
 
 PATCH = 16
 GRID = pages.SIDE // PATCH
-# So many patches, across and down, make one token of the decoder.
-SCALE = 2
-IMAGE_TOKENS = (GRID // SCALE) ** 2
+# Each patch is a token of the decoder: more than a letter or two would not be told apart in one.
+IMAGE_TOKENS = GRID**2
 # At most so many tokens are said of each row of patches above a band.
 SAID_OF_A_ROW = 14
 WIDTH = 192
@@ -89,6 +88,7 @@ PROMPTS = (
     "Read this page.",
     "What does it say?",
     "Convert the document to markdown.",
+    "Convert this page to markdown. Do not miss any text and only output the bare markdown!",
     "<|grounding|>Convert the document to markdown.",
     "Extract the text of this image.",
     "请识别图中的文字。",
@@ -155,12 +155,18 @@ class Reader(nn.Module):  # type: ignore[misc]  # torch is not looked into
         """
         model = self.saved.model
         embedded = model.text_model.get_input_embeddings()(tokens)
-        images = model.connector.modality_projection(_shuffled(seen)).to(embedded.dtype)
+        images = model.connector.modality_projection(seen).to(embedded.dtype)
         is_image = (tokens == self.saved.config.image_token_id)[..., None]
         embedded = embedded.masked_scatter(is_image, images)
         model.text_model.set_attn_implementation("eager" if pointed else "sdpa")
         said = model.text_model(
-            inputs_embeds=embedded, position_ids=positions, use_cache=False, output_attentions=pointed
+            inputs_embeds=embedded,
+            # Said, though nothing is masked: else positions that jump are taken for the joints of packed texts, which
+            # do not see each other.
+            attention_mask=torch.ones_like(tokens),
+            position_ids=positions,
+            use_cache=False,
+            output_attentions=pointed,
         )
         return self.saved.lm_head(said.last_hidden_state), said.attentions or ()
 
@@ -211,8 +217,10 @@ def make_model(tokenizer: Any) -> Any:
                 "pad_token_id": tokenizer.pad_token_id,
             },
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-            scale_factor=SCALE,
+            scale_factor=1,
             tie_word_embeddings=False,
+            # Its own default is beyond our vocabulary, and ends answers that end before others of their batch.
+            pad_token_id=tokenizer.pad_token_id,
         )
     )
     # The library's first weights are those of far wider layers; at this width nothing would pass through them.
@@ -253,13 +261,6 @@ def _waves() -> Tensor:
     rows = axis[:, None].expand(GRID, GRID, -1)
     columns = axis[None].expand(GRID, GRID, -1)
     return 0.7 * torch.cat([rows, columns], -1).reshape(GRID * GRID, WIDTH)
-
-
-def _shuffled(seen: Tensor) -> Tensor:
-    """(B, rows × GRID, WIDTH) → (B, rows × GRID / SCALE², WIDTH × SCALE²): the connector's way, but of any rows."""
-    batch, count, width = seen.shape
-    seen = seen.view(batch, count // GRID // SCALE, SCALE, GRID // SCALE, SCALE, width)
-    return seen.permute(0, 1, 3, 2, 4, 5).reshape(batch, count // SCALE**2, width * SCALE**2)
 
 
 # What the stages learn from
@@ -322,7 +323,7 @@ class Sheets:
 def _sheets(tokenizer: Any, step: int, count: int, *, rows: int) -> Sheets:
     dice = random.Random(step)
     patches, places, letters, texts, starts, looked_at, first_rows = [], [], [], [], [], [], []
-    image_tokens = rows * GRID // SCALE**2
+    image_tokens = rows * GRID
     for seed in range(step * 1000, step * 1000 + count):
         page, row = _band_of(pages.drawn_at_random(seed), rows, dice)
         first_rows.append(row)
@@ -355,8 +356,8 @@ def _sheets(tokenizer: Any, step: int, count: int, *, rows: int) -> Sheets:
 
 
 def _image_token(row: int, column: int) -> int:
-    """The number, among the image's tokens, of the one that a patch is in."""
-    return row // SCALE * (GRID // SCALE) + column // SCALE
+    """The number of a patch among the image's tokens."""
+    return row * GRID + column
 
 
 def _band_of(page: pages.Page, rows: int, dice: random.Random) -> tuple[pages.Page, int]:
@@ -368,9 +369,9 @@ def _band_of(page: pages.Page, rows: int, dice: random.Random) -> tuple[pages.Pa
     bottoms = [line.top + 1.2 * line.size for line in page.lines]
     while last + 1 < len(page.lines) and bottoms[last + 1] - top <= (rows - 2) * PATCH:
         last += 1
-    lowest = max(0, math.ceil((bottoms[last] / PATCH - rows) / SCALE))
-    highest = min((GRID - rows) // SCALE, int(top // PATCH) // SCALE)
-    row = SCALE * dice.randint(min(lowest, highest), highest)
+    lowest = max(0, math.ceil(bottoms[last] / PATCH - rows))
+    highest = min(GRID - rows, int(top // PATCH))
+    row = dice.randint(min(lowest, highest), highest)
     return pages.Page(page.lines[first : last + 1], page.look), row
 
 
@@ -466,21 +467,21 @@ def train(work: Path, share: float = 1.0) -> "Trained":
     reader = Reader()
     training = Training(reader, work / "ocr.pt", share)
     # Other pages in each stage: a part's number is the seed of its pages.
-    training.stage("letters", 4000, partial(_tower_loss, reader), rate=3e-3, trained=[reader.tower, reader.letters])
+    training.stage("letters", 5000, partial(_tower_loss, reader), rate=3e-3, trained=[reader.tower, reader.letters])
     training.stage(
         "pointing",
-        1500,
-        partial(_reading_loss, reader, 100_000, 8, rows=8, pointers=0.5),
+        900,
+        partial(_reading_loss, reader, 100_000, 12, rows=4, pointers=0.5),
         rate=3e-3,
         trained=reader.decoder,
     )
     training.stage(
         "lines",
-        1000,
+        550,
         partial(_reading_loss, reader, 150_000, 8, rows=8, pointers=0.5, letters=0.5),
         rate=2.5e-3,
     )
-    training.stage("pages", 1500, partial(_reading_loss, reader, 200_000, 4, rows=GRID, letters=0.2), rate=2e-3)
+    training.stage("pages", 1600, partial(_reading_loss, reader, 200_000, 2, rows=GRID, letters=0.2), rate=2e-3)
     return Trained(reader, math.ceil(HELD_OUT_PAGES * share), sum(training.seconds.values()))
 
 

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 # What a page measures, in its own units: positions and sizes below are in them, however many pixels it is drawn with.
 SIDE = 512
 MARGIN = 12
-BODY_SIZES = (17, 19, 21, 23)
-HEADING_SIZES = (29, 32, 35)
+BODY_SIZES = (21, 23, 25, 27)
+HEADING_SIZES = (34, 37, 40)
 LINES = 12
 LINE_CHARACTERS = 30
 LETTERS = string.ascii_letters + string.digits + string.punctuation

@@ -210,7 +210,7 @@ class TestOpenAI:
         with booked(demo, "ocr") as tokens:
             answer = client.chat.completions.create(model="demo-ocr", messages=messages(content), max_tokens=4, **LONG)
             assert answer.usage
-            assert answer.usage.prompt_tokens > 256
+            assert answer.usage.prompt_tokens > 1024
             tokens.append((answer.usage.prompt_tokens, answer.usage.completion_tokens))
 
     def test_models(self, client: openai.OpenAI) -> None:
@@ -494,5 +494,5 @@ def test_the_demonstration_passes_its_selftest(demo: Demo) -> None:
     document = json.loads(done.stdout)
     assert (done.returncode, document["passed"]) == (0, True), document
     open_ones = {each["check"] for each in document["checks"] if each["passed"] is None}
-    assert open_ones <= {"reads a word", "related is nearer, Chinese", "the answer comes first, Chinese"}
+    assert open_ones <= {"related is nearer, Chinese", "the answer comes first, Chinese"}
     assert "✗" not in demo.run("selftest").stdout

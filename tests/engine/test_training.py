@@ -120,6 +120,18 @@ def test_what_the_reader_learns_of_a_page() -> None:
         assert patches[-2] == (last.middle // ocr.PATCH, last.words[-1].centers[-1] // ocr.PATCH)
 
 
+def test_a_band_is_seen_though_its_positions_jump() -> None:
+    """Positions with gaps are how texts are packed, and packed texts do not see each other."""
+    reader = ocr.Reader()
+    image = reader.tokenizer.convert_tokens_to_ids("<image>")
+    tokens = torch.tensor([[image] * ocr.GRID + reader.tokenizer("abc")["input_ids"]])
+    positions = torch.arange(tokens.shape[1])[None] + torch.where(tokens == image, 0, 500)
+    with torch.inference_mode():
+        seen = torch.randn(2, 1, ocr.GRID, ocr.WIDTH)
+        (one, _), (other, _) = (reader.read(each, tokens, positions) for each in seen)
+    assert not torch.allclose(one[0, -1], other[0, -1], atol=1e-3)
+
+
 @pytest.mark.parametrize(("wanted", "read", "edits"), [("abc", "abc", 0), ("abc", "", 3), ("abc", "axcd", 2)])
 def test_edit_distance(wanted: str, read: str, edits: int) -> None:
     assert ocr.edit_distance(wanted, read) == edits
