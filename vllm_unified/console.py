@@ -343,6 +343,7 @@ EXAMPLES: dict[Kind, tuple[str, dict[str, Any]]] = {
         },
     ),
     "embedding": ("/v1/embeddings", {"input": "What is the capital of France?"}),
+    "ocr": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}),
 }
 # What an OCR model may carry in its folder, to be tried with.
 EXAMPLE_PAGE = "page.png"
@@ -371,13 +372,18 @@ def welcome_text(settings: Settings) -> str:
 
 def _examples(settings: Settings) -> Iterator[str]:
     by_kind = {model.type: model for model in reversed(settings.models)}
-    if by_kind.keys() - {"embedding"}:
-        by_kind.pop("embedding", None)  # hundreds of numbers are no answer for people
-    for kind, (path, body) in EXAMPLES.items():
-        if kind in by_kind:
-            document = json.dumps({"model": by_kind[kind].name, **body}, ensure_ascii=False)
-            yield f"{_curl(settings, path)} -d {shlex.quote(document)}"
-    if (reader := by_kind.get("ocr")) and (page := settings.folder(reader) / EXAMPLE_PAGE).exists():
+    reader = by_kind.get("ocr")
+    page = settings.folder(reader) / EXAMPLE_PAGE if reader else None
+    has_page = page is not None and page.exists()
+    shown: list[Kind] = [kind for kind in ("chat", "rerank") if kind in by_kind]
+    if not shown and not has_page:
+        # An embedding is no answer for people, and an OCR model wants a picture: these only where nothing else is.
+        shown = [kind for kind in EXAMPLES if kind in by_kind][:1]
+    for kind in shown:
+        path, body = EXAMPLES[kind]
+        document = json.dumps({"model": by_kind[kind].name, **body}, ensure_ascii=False)
+        yield f"{_curl(settings, path)} -d {shlex.quote(document)}"
+    if reader and has_page:
         # The picture is too long for an argument: it goes into the middle of the document on standard input.
         content = [
             {"type": "image_url", "image_url": {"url": "data:image/png;base64,@"}},
