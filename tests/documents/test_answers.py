@@ -162,7 +162,7 @@ def test_doctags() -> None:
     table = '<table><tr><th>n</th><th colspan="2">of</th></tr><tr><td>1 &lt; 2</td><td></td><td>3</td></tr></table>'
     assert not page.malformed
     assert page.blocks == (
-        Block("page-header", "A journal", ((30, 416, 60, 1400),)),
+        Block("page_header", "A journal", ((30, 416, 60, 1400),)),
         Block("title", "# On tables", ((100, 200, 900, 280),)),
         Block("title", "## 1 Method", ((100, 320, 400, 360),)),
         Block("text", "If a <b and b> c.", ((100, 400, 900, 600),)),

@@ -231,7 +231,7 @@ _LOCATION = re.compile(r"loc_(\d{1,4})")
 _HEADING = re.compile(r"section_header_level_([0-5])")
 _LOCATIONS = 500  # per side
 _DEEPEST = 8
-_LABELS = {"page_header": "page-header", "paragraph": "text", "otsl": "table", "document_index": "table"}
+_LABELS = {"paragraph": "text", "otsl": "table", "document_index": "table"}
 # fmt: off
 _ELEMENTS = frozenset((
     "title", "text", "paragraph", "caption", "footnote", "formula", "list_item", "page_header", "page_footer",

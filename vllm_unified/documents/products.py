@@ -285,12 +285,16 @@ def _by_numbers(figure: str) -> list[tuple[int, str]]:
 
 
 def _write_archive(folder: Path, name: str, images: Iterable[str]) -> None:
-    """result.md, raw.json and images/ under the names that clients look for, the others named after the upload."""
-    named = {file: file if file in (RESULT, RAW) else name_for(file, name) for file in PRODUCTS if file != ARCHIVE}
+    """result.md, raw.json and images/ under the names that clients look for, the others named after the upload.
+
+    Without layout.pdf: it is as large as all the others, and no text but a proof of the boxes.
+    """
+    inside = (file for file in PRODUCTS if file not in (LAYOUT, ARCHIVE))
+    named = {file: file if file in (RESULT, RAW) else name_for(file, name) for file in inside}
     with _replacing(folder / ARCHIVE) as file, zipfile.ZipFile(file, "w") as archive:
-        for member, inside in (*named.items(), *((image, image) for image in images)):
+        for member, entry in (*named.items(), *((image, image) for image in images)):
             if (folder / member).is_file():
-                _archive(archive, folder / member, inside)
+                _archive(archive, folder / member, entry)
 
 
 def _archive(archive: zipfile.ZipFile, path: Path, inside: str) -> None:
