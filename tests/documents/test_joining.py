@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_unified.documents.joining import Joint, elements, joined, page_break, repeated_lines
-from vllm_unified.documents.page import Block, Page
+from vllm_unified.documents.page import RUNNING_HEADS, Block, Page
 
 HEAD = "<tr><th>Name</th><th>Count</th></tr>"
 UPPER = f"<table>{HEAD}<tr><td>Li</td><td>1</td></tr></table>"
@@ -83,6 +83,17 @@ def test_what_stands_between_two_parts_stays_where_it_was() -> None:
     kept = [text, figure, (1, "ACME"), (1, "- 1 -"), (2, "Report"), caption, (2, "2"), (3, "Next.")]
     assert parts(*pages) == kept
     assert parts(*pages, drop=True) == [text, figure, (1, "- 1 -"), caption, (3, "Next.")]
+
+
+@pytest.mark.parametrize("label", sorted(RUNNING_HEADS))
+def test_every_label_of_a_running_head_is_dropped(label: str) -> None:
+    assert parts(page(1, Block(label, "ACME"), "A text."), drop=True) == [(1, "A text.")]
+
+
+def test_a_head_is_known_on_pages_without_labels_by_those_with_them() -> None:
+    labelled = page(1, Block("header", "ACME: a report"), "It goes on and", Block("page_number", "1"))
+    plain = page(2, "ACME: a report\non and ends.\n1\n2")
+    assert parts(labelled, plain, drop=True) == [(1, "It goes on and on and ends.\n1")]
 
 
 @pytest.mark.parametrize(

@@ -155,16 +155,22 @@ def repeated_lines(pages: Iterable[Page]) -> frozenset[str]:
     """The running heads of pages whose model gives no labels, for `joined`: one walk over the document before it.
 
     A line that is first or last, or next to it, on most pages, or on most of the odd or the even ones, and on three
-    at least; but for a number that counts with the pages.
+    at least; but for a number that counts with the pages. And what the model labels so on a page, for those that it
+    did not label: read in another mode, or from their text layer.
     """
     walked: Counter[int] = Counter()
     lines: Counter[tuple[int, str]] = Counter()
+    labelled: set[str] = set()
     for page in pages:
         walked[page.number % 2] += 1
-        edge = _edge_lines(elements(page))
+        blocks = elements(page)
+        heads = (line for block in blocks if block.label in RUNNING_HEADS for line in block.text.split("\n"))
+        labelled.update(key for line in heads for key in _keys(line, page.number) if not key.isdigit())
+        edge = _edge_lines(blocks)
         lines.update({(page.number % 2, key) for _, _, line in edge for key in _keys(line, page.number)})
     keys = {key for _, key in lines}
-    return frozenset(key for key in keys if _is_repeated([lines[0, key], lines[1, key]], [walked[0], walked[1]]))
+    repeated = (key for key in keys if _is_repeated([lines[0, key], lines[1, key]], [walked[0], walked[1]]))
+    return frozenset(repeated) | labelled
 
 
 def joined(
