@@ -10,9 +10,11 @@ from vllm_unified.documents.tables import (
     MOST_CELLS,
     MOST_COLUMNS,
     Cell,
+    Marker,
     Table,
     around_tables,
     as_markdown,
+    merged,
     parse_pipes,
     parse_table,
     table_html,
@@ -131,6 +133,21 @@ def test_matrix(matrix: list[list[str]], wanted: list[list[tuple[str, int, int] 
     rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in matrix)
     table = parse_table(f"<table>{rows}</table>")
     assert [[cell and (cell.text, cell.colspan, cell.rowspan) for cell in row] for row in table.rows] == wanted
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        (
+            [[Cell("a", header=True), "<l>"], ["<t>", "<lt>"], [Cell("b"), Cell("<l>")]],
+            '<tr><th colspan="2" rowspan="2">a</th></tr><tr></tr><tr><td>b</td><td>&lt;l&gt;</td></tr>',
+        ),
+        ([["<l>", Cell("a")], [Cell("b")]], "<tr><td></td><td>a</td></tr><tr><td>b</td><td></td></tr>"),
+        ([], ""),
+    ],
+)
+def test_merged(rows: list[list[Cell | Marker]], wanted: str) -> None:
+    assert table_html(merged(rows)) == f"<table>{wanted}</table>"
 
 
 @pytest.mark.parametrize(

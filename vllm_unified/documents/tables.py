@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, get_args
 
 import msgspec
 
@@ -19,8 +19,9 @@ _CELLS = frozenset({"td", "th"})
 _STRUCTURE = _CELLS | {"table", "thead", "tbody", "tfoot", "tr", "caption"}
 _BREAKS = frozenset({"br", "p", "div", "li"})
 _UNSEEN = frozenset({"script", "style"})
-_MARKERS = frozenset({"l", "t", "lt"})
-_MARKS = frozenset(f"<{tag}>" for tag in _MARKERS)
+# Alone in a cell it merges that with its neighbour on the left, on top, or both.
+Marker = Literal["<l>", "<t>", "<lt>"]
+MARKERS: frozenset[str] = frozenset(get_args(Marker))
 _RAISED = {
     "sup": str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ"),
     "sub": str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎"),
@@ -89,6 +90,18 @@ def parse_table(text: str) -> Table:
     if any(cell.marker for cell in itertools.chain(*rows) if cell):
         _merge(rows)
     return Table(_finished(rows), reader.caption, cut)
+
+
+def merged(rows: Sequence[Sequence[Cell | Marker]]) -> Table:
+    """A table of cells that take one place each, and of markers; a row may be shorter than another."""
+    raw = [
+        [_RawCell(each, marker=True) if isinstance(each, str) else _RawCell(each.text, each.header) for each in row]
+        for row in rows
+    ]
+    grid, cut = placed(raw, _RawCell)
+    begun = _begun(grid)
+    _merge(begun)
+    return Table(_finished(begun), cut=cut)
 
 
 def parse_pipes(text: str) -> Table | None:
@@ -266,7 +279,7 @@ class _Reader:
             self._text.append("\n")
         elif tag in _UNSEEN:
             self._unseen = tag
-        elif tag in _MARKERS:
+        elif f"<{tag}>" in MARKERS:
             self._text.append(f"<{tag}>")
 
     def _end_tag(self, tag: str) -> None:
@@ -312,7 +325,7 @@ class _Reader:
         elif cell or (text and (self._depth or self.rows)):
             cell = cell or _RawCell()
             cell.text = text
-            cell.marker = text in _MARKS
+            cell.marker = text in MARKERS
             if not self.rows:
                 self.rows.append([])
             self.rows[-1].append(cell)
