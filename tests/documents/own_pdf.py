@@ -350,7 +350,7 @@ def _chinese_lines() -> Iterator[tuple[str, float, float, int]]:
                     yield text, left + 8 + (right - left) * column / 3, top + 20 + (bottom - top) * row / 4, size
             continue
         text = _words(part.text)
-        most = (right - left) // size
+        most = int((right - left) / (1.05 * size))
         for line in range(0, len(text), most):
             yield text[line : line + most], left, top + size + 20 * line // most, size
 

@@ -352,18 +352,21 @@ def test_result_txt(dropped: Read) -> None:
         "季度      供水量（千立方米）  漏损率（%）",
         *(f"{name}  {water:<18}  {lost}" for name, water, lost in QUARTERS),
     ]
+    tables = {id(GRID): table, id(CHINESE_GRID): chinese}
     paragraphs = []
+    items = 0
     for kind, words in WORDS:
-        if kind == "table":
-            paragraphs.append("\n".join(table if words is GRID else chinese))
-        elif kind == "li":
-            numbered = f"{'123'[['The lake', 'Wells', 'Springs'].index(words.partition(':')[0])]}. {words}"
-            if numbered.startswith("1"):
-                paragraphs.append(numbered)
-            else:
-                paragraphs[-1] += f"\n{numbered}"
+        if kind == "li":
+            items += 1
+            written = f"{items}. {words}"
+        elif kind == "table":
+            written = "\n".join(tables[id(words)])
         else:
-            paragraphs.append(f"[{words}]" if kind == "img" else words)
+            written = f"[{words}]" if kind == "img" else words
+        if kind == "li" and items > 1:
+            paragraphs[-1] += f"\n{written}"
+        else:
+            paragraphs.append(written)
     assert text == "\n\n".join(paragraphs) + "\n"
 
 
