@@ -27,9 +27,9 @@ def plain(markdown: str) -> str:
     return file.getvalue()
 
 
-def texts(table: Paragraph | Table) -> list[list[str | None]]:
+def texts(table: Paragraph | Table) -> list[list[str]]:
     assert isinstance(table, Table)
-    return [[cell and " ".join(p.text for p in cell.paragraphs) for cell in row] for row in table.rows]
+    return [[cell.text for cell in row] for row in table.rows]
 
 
 @pytest.mark.parametrize(

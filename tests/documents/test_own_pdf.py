@@ -353,7 +353,7 @@ def test_result_txt(dropped: Read) -> None:
         *(f"{name}  {water:<18}  {lost}" for name, water, lost in QUARTERS),
     ]
     tables = {id(GRID): table, id(CHINESE_GRID): chinese}
-    paragraphs = []
+    paragraphs: list[str] = []
     items = 0
     for kind, words in WORDS:
         if kind == "li":

@@ -424,9 +424,11 @@ def _marker(cell: _RawCell | None) -> str:
 
 
 def _finished(rows: list[_RawRow]) -> tuple[Row, ...]:
-    return tuple(
-        tuple(cell and Cell(cell.text, cell.colspan, cell.rowspan, cell.header) for cell in row) for row in rows
-    )
+    return tuple(tuple(_finished_cell(cell) for cell in row) for row in rows)
+
+
+def _finished_cell(cell: _RawCell | None) -> Cell | None:
+    return None if cell is None else Cell(cell.text, cell.colspan, cell.rowspan, cell.header)
 
 
 def _tables_in(text: str) -> Iterator[tuple[int, int]]:
