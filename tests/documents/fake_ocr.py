@@ -13,8 +13,8 @@ It behaves as these fields say; every one may be left out:
     form: "grounding" (default; DeepSeek-OCR's), "markdown", "ocrflux-json" or "doctags"
     cues: list of cues, one for each request in turn, and then none
     pages: {number of a page: list of cues}, one for each request for this page, and then none
-    answers: {number of a page: what it answers of this page in the place of what follows from the number}
     cue: what every other request meets                retry_after: of a 429 or 503 (default "1", "" for none)
+    answers: {number of a page: what it answers of this page in the place of what follows from the number}
     no_metrics: true, so that /metrics/engines is 404
 
 Cues, which a model's name may carry too, as in "DeepSeek-OCR:loop":

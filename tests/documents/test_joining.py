@@ -94,6 +94,23 @@ def test_a_head_is_known_on_pages_without_labels_by_those_with_them() -> None:
     labelled = page(1, Block("header", "ACME: a report"), "It goes on and", Block("page_number", "1"))
     plain = page(2, "ACME: a report\non and ends.\n1\n2")
     assert parts(labelled, plain, drop=True) == [(1, "It goes on and on and ends.\n1")]
+    kept = [(1, "ACME: a report"), (1, "It goes on and on and ends.\n1"), (1, "1"), (2, "ACME: a report"), (2, "2")]
+    assert parts(labelled, plain) == kept
+
+
+def test_heads_that_no_model_has_labelled_are_kept_out_of_paragraphs() -> None:
+    pages = [page(number, f"ACME report\nPart {number} goes on and on in the\n- {number} -") for number in (1, 2, 3)]
+    wanted = "Part 1 goes on and on in the Part 2 goes on and on in the Part 3 goes on and on in the"
+    assert parts(*pages, drop=True) == [(1, wanted)]
+    assert parts(*pages) == [
+        (1, "ACME report"),
+        (1, wanted),
+        (1, "- 1 -"),
+        (2, "ACME report"),
+        (2, "- 2 -"),
+        (3, "ACME report"),
+        (3, "- 3 -"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +180,7 @@ def test_repeated_lines_are_running_heads(head: str, foot: str) -> None:
         for number in range(1, 6)
         for text in (f"This is the text of page {number * number}.", f"It ends at {number * number}.")
     ]
-    assert len(parts(*pages)) == 3 * 5
+    assert len(parts(*pages)) == 4 * 5
 
 
 @pytest.mark.parametrize("head", ["Question {}", "第 {} 题", "# Report", "- an item", "| a | b |"])

@@ -190,9 +190,9 @@ def joined(
     """
     seam = _Seam(joints or {}, warn)
     for page in pages:
-        parts = [_Part(page.number, index, block) for index, block in enumerate(elements(page))]
+        parts = _with_heads_apart(elements(page), page.number, repeated)
         if running_heads == "drop":
-            parts = _without_heads(parts, repeated)
+            parts = [part for part in parts if part.block.label not in RUNNING_HEADS]
         yield from seam.passed(page, parts, join=join_pages)
     yield from seam.rest()
 
@@ -465,19 +465,32 @@ def _paragraphs(text: str) -> Iterator[str]:
         yield "\n".join(lines)
 
 
-def _without_heads(parts: list[_Part], repeated: Collection[str]) -> list[_Part]:
-    parts = [part for part in parts if part.block.label not in RUNNING_HEADS]
-    edges = [part.block for part in parts]
-    gone = {
-        (at, number)
-        for at, number, line in _edge_lines(edges)
-        if any(key in repeated for key in _keys(line, parts[at].page))
-    }
-    for at in {at for at, _ in gone}:
-        lines = enumerate(parts[at].block.text.split("\n"))
-        text = "\n".join(line for number, line in lines if (at, number) not in gone)
-        parts[at].block = msgspec.structs.replace(parts[at].block, text=text)
-    return [part for at, part in enumerate(parts) if part.block.text.strip() or part.block.asset]
+def _with_heads_apart(blocks: Sequence[Block], page: int, repeated: Collection[str]) -> list[_Part]:
+    """The elements of a page, each by its place, and the running heads that were a part of one, by numbers below 0."""
+    heads: dict[int, set[int]] = {}
+    for at, number, line in _edge_lines(blocks):
+        if not repeated.isdisjoint(_keys(line, page)):
+            heads.setdefault(at, set()).add(number)
+    further = itertools.count(-1, -1)
+    parts = []
+    for at, block in enumerate(blocks):
+        if at not in heads:
+            parts.append(_Part(page, at, block))
+            continue
+        index = at
+        for is_head, text in _lines_apart(block.text, heads[at]):
+            if is_head:
+                parts.append(_Part(page, next(further), Block(label="header", text=text)))
+            elif text.strip():
+                parts.append(_Part(page, index, msgspec.structs.replace(block, text=text)))
+                index, block = next(further), msgspec.structs.replace(block, boxes=())
+    return parts
+
+
+def _lines_apart(text: str, heads: Collection[int]) -> Iterator[tuple[bool, str]]:
+    """The text in pieces of whole lines, and of each whether its lines are `heads`."""
+    for is_head, lines in itertools.groupby(enumerate(text.split("\n")), lambda line: line[0] in heads):
+        yield is_head, "\n".join(line for _, line in lines)
 
 
 def _edge_lines(blocks: Sequence[Block]) -> Iterator[tuple[int, int, str]]:

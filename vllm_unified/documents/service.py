@@ -309,8 +309,7 @@ class Service:
 
     def _joined(self, document: Document) -> Iterator[str]:
         """The Markdown of the whole, a comment before each page that something begins on."""
-        drop = document.options.running_heads == "drop"
-        repeated = joining.repeated_lines(self._pages(document.id)) if drop else frozenset()
+        repeated = joining.repeated_lines(self._pages(document.id))
         parts = joining.joined(
             self._pages(document.id),
             running_heads=document.options.running_heads,
