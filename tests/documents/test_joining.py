@@ -54,6 +54,7 @@ def parts(*pages: Page, drop: bool = False) -> list[tuple[int, str]]:
         ("The heading of a section", "The next paragraph begins.", None),
         ("这一句话已经结束了，后面没有其他的内容了。", "下一段从这里开始，不应当合并。", None),
         ("2024年3月1日", "各有关单位，请遵照执行。", None),
+        ("Anna Brook, 3 March 2026", "湖滨水务：二〇二五年年度报告", None),
         ("# A heading without an end", "and a text", None),
         ("- an item of a list that goes", "on here", None),
         ("The conditions are the ones that follow here", "- an item", None),

@@ -204,6 +204,14 @@ def test_running_heads_are_kept_where_they_stood(client: httpx.Client, ocr: Fake
     assert "\n\n".join(each for each in paragraphs if each not in heads) + "\n" == RESULT
 
 
+def test_a_model_that_gives_neither_places_nor_labels(client: httpx.Client, ocr: FakeOcr) -> None:
+    """It is the same document without its figures; and of a head that stands there once nothing says what it is."""
+    ocr.behave(model="deepseek-ocr", answers=own_pdf.answers())
+    wanted = RESULT.replace(f"![]({CHART_FILE})\n\n", "").replace(f"![]({STAMP_FILE})\n\n", "")
+    wanted = wanted.replace("<!-- page 6 -->\n\n", f"<!-- page 6 -->\n\n{PAGES[5][0].text}\n\n")
+    assert read(client, running_heads="drop", profile="plain").files["result.md"].decode() == wanted
+
+
 def test_raw_json(dropped: Read) -> None:
     pages = json.loads(dropped.files["raw.json"])["pages"]
     answers = own_pdf.answers()

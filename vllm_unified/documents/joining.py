@@ -319,8 +319,13 @@ def _goes_on(first: str, second: str) -> bool:
         return True
     if beginning.isupper() or beginning.isdigit() or second.startswith(("$", "\\(")):
         return last in ",，、—–&" or _CONNECTING.search(first[-20:]) is not None
-    # A writing without capitals: a name, a date or a heading has no mark, and is short.
-    return beginning.isalpha() and len(first) >= SHORTEST_UNCASED and any(mark in second for mark in _MARKS)
+    # A writing without capitals, as before the page's end: a name, a date or a heading has no mark, and is short.
+    is_of_it = len(first) >= SHORTEST_UNCASED and any(map(_is_uncased, first[-SHORTEST_UNCASED:]))
+    return is_of_it and beginning.isalpha() and any(mark in second for mark in _MARKS)
+
+
+def _is_uncased(char: str) -> bool:
+    return char.isalpha() and char.lower() == char.upper()
 
 
 def _is_unspaced(char: str) -> bool:
@@ -469,7 +474,7 @@ def _with_heads_apart(blocks: Sequence[Block], page: int, repeated: Collection[s
     """The elements of a page, each by its place, and the running heads that were a part of one, by numbers below 0."""
     heads: dict[int, set[int]] = {}
     for at, number, line in _edge_lines(blocks):
-        if not repeated.isdisjoint(_keys(line, page)):
+        if any(key in repeated for key in _keys(line, page)):
             heads.setdefault(at, set()).add(number)
     further = itertools.count(-1, -1)
     parts = []
