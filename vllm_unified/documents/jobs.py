@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.store import Document, Outcome, State, Store, StoreError, Upload
@@ -54,7 +55,8 @@ class Work(Protocol):
     """What is done with a document. Each may be cancelled at any moment, and done again after that.
 
     A DocumentError 429 (the key's limits) or 503 (the engine is away) is none of the document's: the same is tried
-    again after its Retry-After. Any other exception of `read` fails the page, of `inspect` or `finish` the document.
+    again after its Retry-After. Any other exception of `read` fails the page, of `inspect` or `finish` the document;
+    of `seams` or `join` it is as if the model had not been asked.
     """
 
     async def inspect(self, document: Document) -> Sequence[int]:
@@ -62,6 +64,12 @@ class Work(Protocol):
 
     async def read(self, document: Document, number: int) -> Page:
         """What came of it; one with a `reason` has failed."""
+
+    async def seams(self, document: Document) -> Sequence[int]:
+        """When all pages are dealt with: those after which the model is to be asked what goes on in the next page."""
+
+    async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
+        """What goes on from page `number` in the next; None: no good answer was had."""
 
     async def finish(self, document: Document) -> int:
         """Write the products, atomically; the bytes of all files of the document. Once, but for a kill meanwhile."""
@@ -238,6 +246,8 @@ class _Active:
         self.document = document
         self.tasks: set[asyncio.Task[None]] = set()
         self.pace = Pace()
+        self.seams: deque[int] = deque()  # that are to be asked about
+        self.unjoined = 0  # those, and what is being asked
         self.is_ending = False
 
     @property
@@ -473,7 +483,7 @@ class Jobs:
             self._spawn(stage, active, do(active))
 
     async def _start_pages(self) -> None:
-        chosen = self._take("read", self._limit())
+        chosen = self._start_joins(self._take("read", self._limit()))
         if not chosen:
             return
         try:
@@ -486,6 +496,17 @@ class Jobs:
             active = self._active.get(document)
             if active is not None and not active.is_ending:
                 self._spawn("read", active, self._read(active, number))
+
+    def _start_joins(self, chosen: list[str]) -> list[str]:
+        """A document whose pages are all dealt with has its turns for its seams. The others are left."""
+        pages = []
+        for document in chosen:
+            active = self._active[document]
+            if active.seams:
+                self._spawn("read", active, self._join(active, active.seams.popleft()))
+            else:
+                pages.append(document)
+        return pages
 
     def _take(self, stage: Stage, limit: int) -> list[str]:
         now = self._monotonic()
@@ -582,10 +603,45 @@ class Jobs:
             self._turns["finish"].add(active.document.key, active.document.id)
         self._publish(active)
 
+    async def _join(self, active: _Active, number: int) -> None:
+        document, joints = active.document, None
+        try:
+            joints = await _whole(self._work.join(document, number))
+        except Exception as error:
+            if self._pause(error, document.key):
+                await self._insist(self._store.attempt_ended, document.id)
+                active.seams.appendleft(number)
+                self._wait_again("read", document.id)
+                return
+            log.exception("document %s, from page %d to the next", document.id, number)
+        if await self._insist(self._store.keep_joints, document.id, number, joints, self._clock()):
+            active.unjoined -= 1
+            if not active.unjoined and not active.is_ending:
+                self._turns["finish"].add(document.key, document.id)
+
     async def _finish(self, active: _Active) -> None:
+        seams = await self._seams(active)
+        if seams is None:
+            return
+        if seams:
+            await self._insist(self._store.attempt, active.document.id)
+            active.seams, active.unjoined = deque(seams), len(seams)
+            self._turns["read"].add(active.document.key, active.document.id, len(seams))
+            return
         size = await self._attempt("finish", active, self._work.finish)
         if size is not None:
             await self._finished(active, "succeeded", size=size)
+
+    async def _seams(self, active: _Active) -> Sequence[int] | None:
+        """None: not now."""
+        try:
+            return await _whole(self._work.seams(active.document))
+        except Exception as error:
+            if self._pause(error, active.document.key):
+                self._wait_again("finish", active.document.id)
+                return None
+            log.exception("document %s: its seams", active.document.id)
+            return ()
 
     async def _attempt(
         self, stage: Stage, active: _Active, work: Callable[[Document], Awaitable[Result]]
@@ -612,9 +668,9 @@ class Jobs:
         if await self._insist(self._store.finish, document, outcome, self._clock(), size=size, error=error):
             await self._ended(document)
 
-    def _pause(self, error: DocumentError, key: str) -> bool:
+    def _pause(self, error: Exception, key: str) -> bool:
         """Whether the error is none of the document's: its key, or all, wait for a while."""
-        if error.status not in (KEY_MUST_WAIT, ALL_MUST_WAIT):
+        if not isinstance(error, DocumentError) or error.status not in (KEY_MUST_WAIT, ALL_MUST_WAIT):
             return False
         seconds = _retry_after(error.headers.get("retry-after", ""))
         who = key if error.status == KEY_MUST_WAIT else None
