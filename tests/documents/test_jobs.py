@@ -18,7 +18,19 @@ import pytest
 
 from tests.conftest import CHECKOUT
 from vllm_unified.documents import jobs as module
-from vllm_unified.documents.jobs import CHANGES, FAULT, PACE_SECONDS, Jobs, Pace, Place, Room, Status, Turns, places
+from vllm_unified.documents.jobs import (
+    CHANGES,
+    FAULT,
+    MOST_UNANSWERED,
+    PACE_SECONDS,
+    Jobs,
+    Pace,
+    Place,
+    Room,
+    Status,
+    Turns,
+    places,
+)
 from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
@@ -173,7 +185,8 @@ class Scans:
 
     async def seams(self, document: Document) -> Sequence[int]:
         self._raise("seams " + document.name)
-        return self.seams_of.pop(document.name, [])
+        asked = {number for name, number in self.joined if name == document.name}
+        return [number for number in self.seams_of.get(document.name, []) if number not in asked]
 
     async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
         self.joined.append((document.name, number))
@@ -678,6 +691,31 @@ class TestSeams:
             asked = bool(service.work.joined)
             assert [service.store.joints(document, number) for number in (1, 2)] == (known if asked else [None, None])
             assert asked == (what != "seams a 3")
+
+    @pytest.mark.parametrize("answered", [0, 3, 12])
+    @in_a_loop
+    async def test_are_asked_about_no_more_where_nobody_answers(self, service: Service, answered: int) -> None:
+        service.work.seams_of["a 2"] = list(range(1, 100))
+        for number in range(answered + 1, 100):
+            service.work.answer(f"a 2+{number}", DocumentError(502, "no such path", code="engine_error"))
+        async with service.running() as jobs:
+            document = await service.accept("a 2")
+            assert (await service.done(document)).state == "succeeded"
+            asked = len(service.work.joined)
+            assert answered + MOST_UNANSWERED <= asked <= answered + MOST_UNANSWERED + 2 * service.limit
+            assert service.store.joints(document, answered) == ([Joint(answered, 0)] if answered else None)
+            assert jobs.load()[:3] == (0, 0, 0)
+
+    @in_a_loop
+    async def test_are_all_asked_about_where_some_are_not_answered(self, service: Service) -> None:
+        service.limit = 1
+        service.work.seams_of["a 2"] = list(range(1, 31))
+        for number in range(1, 31):
+            if number % MOST_UNANSWERED:
+                service.work.answer(f"a 2+{number}", DocumentError(502, "no such path", code="engine_error"))
+        async with service.running():
+            assert (await service.done(await service.accept("a 2"))).state == "succeeded"
+            assert len(service.work.joined) == 30
 
     @pytest.mark.parametrize("what", ["a 3+1", "seams a 3"])
     @pytest.mark.parametrize("status", [429, 503])

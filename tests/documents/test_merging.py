@@ -14,7 +14,7 @@ from tests.documents.conftest import Served
 from tests.documents.fake_ocr import FakeOcr
 from tests.documents.test_service import ended, pdf_of
 from vllm_unified.documents import engine as engines
-from vllm_unified.documents.engine import Engine
+from vllm_unified.documents.engine import Engine, EngineError
 from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.merging import LONGEST_PAIRS, LONGEST_QUESTION, joints, pairs_in
 from vllm_unified.documents.options import Options
@@ -88,8 +88,10 @@ LOWER = page(2, table(HEAD, WU), "That was all.")
 BOTH = [Joint(3, 0, f"<table>{HEAD}{LI}{WU}</table>")]
 
 
-def told(ocr: FakeOcr, first: Page, second: Page, options: Options | None = None, **more: Any) -> list[Joint] | None:
-    async def asked() -> list[Joint] | None:
+def told(ocr: FakeOcr, first: Page, second: Page, options: Options | None = None, **more: Any) -> Any:
+    """A list of joints, None where nothing was asked, and why there was no answer."""
+
+    async def asked() -> Any:
         engine = Engine(ocr.url, "k")
         try:
             found = await joints(
@@ -101,6 +103,8 @@ def told(ocr: FakeOcr, first: Page, second: Page, options: Options | None = None
                 **more,
             )
             return None if found is None else list(found)
+        except EngineError as error:
+            return str(error)
         finally:
             await engine.aclose()
 
@@ -145,12 +149,13 @@ def test_what_is_not_asked(ocr: FakeOcr, first: Page, second: Page, more: dict[s
         (["empty"], BOTH, [0.0, 0.1]),
         (["say:[(2, 0", "refusal", "nonsense"], BOTH, [0.0, 0.1, 0.2, 0.3]),
         (["500"], BOTH, [0.0, 0.1]),
-        (["html"] * 4, None, [0.0, 0.1, 0.2, 0.3]),
-        (["400"], None, [0.0]),
-        (["truncate"], None, [0.0]),
+        (["html"] * 4, "the model's answer is not in its own form", [0.0, 0.1, 0.2, 0.3]),
+        (["html", "html", "html", "500"], "the engine answered 500: fake OCR: 500 as asked", [0.0, 0.1, 0.2, 0.3]),
+        (["400"], "the engine answered 400: fake OCR: 400 as asked", [0.0]),
+        (["truncate"], "the model's answer was cut off", [0.0]),
         (["say:[(0, 99), (99, 0), (7, 7)]"], [], [0.0]),
         (["say:[(99, 1), (2, 0)]"], BOTH, [0.0]),
-        (["million_boxes"] * 4, None, [0.0, 0.1, 0.2, 0.3]),
+        (["million_boxes"] * 4, "the engine's answer is longer than 4 MiB", [0.0, 0.1, 0.2, 0.3]),
     ],
 )
 def test_pairs_that_are_none(ocr: FakeOcr, cues: list[str], found: Any, temperatures: list[float]) -> None:
@@ -182,7 +187,7 @@ def test_a_table_that_is_none_is_left_to_our_rules(ocr: FakeOcr, cues: list[str]
 
 def test_retries_are_those_that_were_asked_for(ocr: FakeOcr) -> None:
     ocr.behave(form="ocrflux-json", pairs=["empty"] * 9)
-    assert told(ocr, UPPER, LOWER, Options(retries=0)) is None
+    assert told(ocr, UPPER, LOWER, Options(retries=0)) == "the model's answer is not in its own form"
     assert len(ocr.seen["requests"]) == 1
 
 

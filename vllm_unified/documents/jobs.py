@@ -35,6 +35,8 @@ STORE_RETRY_SECONDS = 1.0
 STOP_SECONDS = 5.0  # how long a cancelled task may take to end
 INSPECTIONS = 2
 FINISHES = 2
+# Questions about the page breaks of a document, one after the other, without an answer: it does not wait for more.
+MOST_UNANSWERED = 8
 PACE_SECONDS = 180
 PLACES_SECONDS = 1.0  # how old the estimate of the order may be
 CHANGES = 16  # that a subscriber may be behind before it is given the newest alone
@@ -56,7 +58,7 @@ class Work(Protocol):
 
     A DocumentError 429 (the key's limits) or 503 (the engine is away) is none of the document's: the same is tried
     again after its Retry-After. Any other exception of `read` fails the page, of `inspect` or `finish` the document;
-    of `seams` or `join` it is as if the model had not been asked.
+    of `seams` or `join` it leaves the page breaks to our own rules.
     """
 
     async def inspect(self, document: Document) -> Sequence[int]:
@@ -69,7 +71,7 @@ class Work(Protocol):
         """When all pages are dealt with: those after which the model is to be asked what goes on in the next page."""
 
     async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
-        """What goes on from page `number` in the next; None: no good answer was had."""
+        """What goes on from page `number` in the next; None: it was not asked."""
 
     async def finish(self, document: Document) -> int:
         """Write the products, atomically; the bytes of all files of the document. Once, but for a kill meanwhile."""
@@ -248,6 +250,7 @@ class _Active:
         self.pace = Pace()
         self.seams: deque[int] = deque()  # that are to be asked about
         self.unjoined = 0  # those, and what is being asked
+        self.unanswered = 0  # questions about seams, in a row
         self.is_ending = False
 
     @property
@@ -607,17 +610,28 @@ class Jobs:
         document, joints = active.document, None
         try:
             joints = await _whole(self._work.join(document, number))
+            active.unanswered = 0
         except Exception as error:
             if self._pause(error, document.key):
                 await self._insist(self._store.attempt_ended, document.id)
                 active.seams.appendleft(number)
                 self._wait_again("read", document.id)
                 return
-            log.exception("document %s, from page %d to the next", document.id, number)
+            is_ours = not isinstance(error, DocumentError)
+            log.warning("document %s, from page %d to the next: %s", document.id, number, error, exc_info=is_ours)
+            self._count_unanswered(active)
         if await self._insist(self._store.keep_joints, document.id, number, joints, self._clock()):
             active.unjoined -= 1
             if not active.unjoined and not active.is_ending:
                 self._turns["finish"].add(document.key, document.id)
+
+    def _count_unanswered(self, active: _Active) -> None:
+        active.unanswered += 1
+        if active.unanswered >= MOST_UNANSWERED:
+            log.warning("document %s: nothing more is asked about its page breaks", active.document.id)
+            self._turns["read"].remove(active.document.key, active.document.id)
+            active.unjoined -= len(active.seams)
+            active.seams.clear()
 
     async def _finish(self, active: _Active) -> None:
         seams = await self._seams(active)
@@ -634,6 +648,8 @@ class Jobs:
 
     async def _seams(self, active: _Active) -> Sequence[int] | None:
         """None: not now."""
+        if active.unanswered >= MOST_UNANSWERED:
+            return ()
         try:
             return await _whole(self._work.seams(active.document))
         except Exception as error:

@@ -4,10 +4,9 @@ OCRFlux's way (https://github.com/chatdoc-com/OCRFlux, ocrflux/client.py), but t
 that one which cannot be costs the document nothing.
 """
 
-import logging
 import re
 from asyncio import to_thread
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -28,7 +27,6 @@ _EACH_PAIR = re.compile(_PAIR)
 _PAIRS = re.compile(rf"\[\s*+(?:{_PAIR}\s*+(?:,\s*+(?=[(\[])|(?=\])))*+\]")
 
 Understood = TypeVar("Understood")
-log = logging.getLogger(__name__)
 
 
 class _Shown(NamedTuple):
@@ -41,18 +39,21 @@ class _Shown(NamedTuple):
 async def joints(
     ask: Ask, first: Page, second: Page, options: Options, profile: Profile, *, max_model_len: int | None = None
 ) -> tuple[Joint, ...] | None:
-    """What goes on from one page in the next; None where the model gave no good answer, or was not asked.
+    """What goes on from one page in the next; None where there is nothing to ask, or too much.
 
-    It is asked again, warmer, as often as `options.retries`. Raises nothing for what the engine or the model says.
+    The model is asked again, warmer, as often as `options.retries`. Raises EngineError where no good answer was had.
     """
     upper, lower = await to_thread(_shown, first), await to_thread(_shown, second)
     if profile.merge is None or not upper or not lower:
         return None
     model = _Model(ask, options, profile, profile.merge, max_model_len)
-    pairs = await model.pairs(upper, lower)
-    if pairs is None:
+    prompt = pairs_prompt(profile.merge, *([each.block.text for each in page] for page in (upper, lower)))
+    if len(prompt) > LONGEST_QUESTION:
         return None
-    return tuple([Joint(above.at, below.at, await model.table(above, below)) for above, below in pairs])
+    pairs = await model.answer(prompt, pairs_in, max_tokens=MOST_PAIRS_TOKENS)
+    # A pair that names what is not there is no word about the others.
+    found = [(upper[above], lower[below]) for above, below in pairs if above < len(upper) and below < len(lower)]
+    return tuple([Joint(above.at, below.at, await model.table(above.block, below.block)) for above, below in found])
 
 
 def pairs_in(answer: str) -> list[tuple[int, int]] | None:
@@ -72,42 +73,34 @@ class _Model(NamedTuple):
     merge: Merge
     max_model_len: int | None
 
-    async def pairs(self, upper: Sequence[_Shown], lower: Sequence[_Shown]) -> list[tuple[_Shown, _Shown]] | None:
-        prompt = pairs_prompt(self.merge, *([each.block.text for each in page] for page in (upper, lower)))
-        pairs = await self._answer(prompt, pairs_in, max_tokens=MOST_PAIRS_TOKENS)
-        if pairs is None:
-            return None
-        # One that names what is not there is no word about the others.
-        return [(upper[above], lower[below]) for above, below in pairs if above < len(upper) and below < len(lower)]
-
-    async def table(self, upper: _Shown, lower: _Shown) -> str:
+    async def table(self, upper: Block, lower: Block) -> str:
         """Both as one; "" where they are no tables, or the model cannot tell."""
-        first, second = upper.block.html, lower.block.html
-        if not first or not second:
+        prompt = tables_prompt(self.merge, upper.html, lower.html)
+        if not upper.html or not lower.html or len(prompt) > LONGEST_QUESTION:
             return ""
-        merged = partial(_table_in, first, second)
-        return await self._answer(tables_prompt(self.merge, first, second), merged) or ""
+        try:
+            return await self.answer(prompt, partial(_table_in, upper.html, lower.html))
+        except EngineError:
+            return ""
 
-    async def _answer(
-        self, prompt: str, understood: Callable[[str], Understood | None], **fields: int
-    ) -> Understood | None:
-        """The first answer that can be understood. One that was cut off would be as long another time."""
-        if len(prompt) > LONGEST_QUESTION:
-            return None
+    async def answer(self, prompt: str, understood: Callable[[str], Understood | None], **fields: int) -> Understood:
+        """The first that is understood. Raises EngineError where none is."""
+        problem = ""
         for attempt in range(1 + self.options.retries):
             try:
                 answer = await self.ask(self._request(prompt, round(0.1 * attempt, 1)) | fields)
             except EngineError as error:
-                log.info("a question about a page break: %s", error)
-                if error.again:
-                    continue
-                return None
-            if answer.finish_reason == "length":
-                return None
+                if not error.again:
+                    raise
+                problem = str(error)
+                continue
+            if answer.finish_reason == "length":  # it would be as long another time
+                raise EngineError("the model's answer was cut off")
             found = await to_thread(understood, answer.text)
             if found is not None:
                 return found
-        return None
+            problem = "the model's answer is not in its own form"
+        raise EngineError(problem)
 
     def _request(self, prompt: str, temperature: float) -> dict[str, object]:
         profile = self.profile

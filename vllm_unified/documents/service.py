@@ -279,6 +279,8 @@ class Service:
                 model.profile(document.options),
                 max_model_len=model.max_model_len,
             )
+        except EngineError as error:
+            raise DocumentError(502, str(error), code="engine_error") from None
         finally:
             self._reading -= 1
 

@@ -107,7 +107,7 @@ JOINTS = Table(
     METADATA,
     Column("document", Text, ForeignKey("documents.id", ondelete="CASCADE"), primary_key=True),
     Column("page", Integer, primary_key=True, autoincrement=False),  # the first of the two
-    Column("result", LargeBinary),  # NULL: no good answer was had
+    Column("result", LargeBinary),  # NULL: there is no answer
 )
 
 log = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class Store:
             return list(connection.scalars(wanted.order_by(PAGES.c.number)))
 
     def keep_joints(self, document: str, page: int, joints: Sequence[Joint] | None, now: float) -> bool:
-        """Those of this page and the next; None: no good answer was had. False when it was cancelled or deleted."""
+        """Those of this page and the next; None: there is no answer. False when it was cancelled or deleted."""
         result = None if joints is None else msgspec.msgpack.encode(joints)
         is_unfinished = (_of(document), DOCUMENTS.c.state.in_(UNFINISHED))
         with self._transaction() as connection:
