@@ -168,7 +168,7 @@ def downloads(client: httpx.Client, task: dict[str, Any]) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def dropped(served: Served, ocr: FakeOcr) -> Iterator[Read]:
     """As a model reads it that makes no mistake, without its running heads."""
-    ocr.behave(model="deepseek-ocr", answers=own_pdf.answers())
+    ocr.behave(model="deepseek-ocr", texts=own_pdf.answers())
     with served.client() as client:
         yield read(client, running_heads="drop")
 
@@ -196,7 +196,7 @@ def test_result_md(dropped: Read) -> None:
 
 
 def test_running_heads_are_kept_where_they_stood(client: httpx.Client, ocr: FakeOcr, dropped: Read) -> None:
-    ocr.behave(model="deepseek-ocr", answers=own_pdf.answers())
+    ocr.behave(model="deepseek-ocr", texts=own_pdf.answers())
     kept = read(client, running_heads="keep").files["result.md"].decode()
     heads = [part.text for parts in PAGES for part in parts if part.label in ("header", "page_number")]
     paragraphs = kept.rstrip("\n").split("\n\n")
@@ -206,7 +206,7 @@ def test_running_heads_are_kept_where_they_stood(client: httpx.Client, ocr: Fake
 
 def test_a_model_that_gives_neither_places_nor_labels(client: httpx.Client, ocr: FakeOcr) -> None:
     """It is the same document without its figures; and of a head that stands there once nothing says what it is."""
-    ocr.behave(model="deepseek-ocr", answers=own_pdf.answers())
+    ocr.behave(model="deepseek-ocr", texts=own_pdf.answers())
     wanted = RESULT.replace(f"![]({CHART_FILE})\n\n", "").replace(f"![]({STAMP_FILE})\n\n", "")
     wanted = wanted.replace("<!-- page 6 -->\n\n", f"<!-- page 6 -->\n\n{PAGES[5][0].text}\n\n")
     assert read(client, running_heads="drop", profile="plain").files["result.md"].decode() == wanted
@@ -257,7 +257,7 @@ def test_the_figure_of_the_scan_is_upright(dropped: Read) -> None:
 
 
 def test_a_photo_whose_exif_says_how_it_lies(client: httpx.Client, ocr: FakeOcr) -> None:
-    ocr.behave(model="deepseek-ocr", answers=own_pdf.answers())
+    ocr.behave(model="deepseek-ocr", texts=own_pdf.answers())
     answer = client.post("/api/ocr/image", files={"image": ("letter.jpg", own_pdf.lying_photo())})
     document = answer.raise_for_status().json()
     assert document["text"].strip() == LETTER.replace("page-5", "page-1").strip()
@@ -402,7 +402,7 @@ def test_what_goes_wrong_costs_its_own_page_and_is_mended_by_a_retry(client: htt
         "5": ["empty", "loop", "empty", "noise"],
         "6": ["refusal"] * 4,
     }
-    ocr.behave(model="deepseek-ocr", answers=own_pdf.answers(), pages=cues)
+    ocr.behave(model="deepseek-ocr", texts=own_pdf.answers(), pages=cues)
     first = read(client, running_heads="drop")
     assert first.task["fallback_pages"] == [
         {"page": 4, "reason": "the engine answered 500: fake OCR: 500 as asked"},
@@ -425,7 +425,7 @@ def test_what_goes_wrong_costs_its_own_page_and_is_mended_by_a_retry(client: htt
     assert own_pdf.HEADER not in markdown
     assert markdown.count("This sentence comes again and again.") == 1
 
-    ocr.behave(model="deepseek-ocr", answers=own_pdf.answers())
+    ocr.behave(model="deepseek-ocr", texts=own_pdf.answers())
     task_id = first.task["task_id"]
     assert client.post(f"/api/tasks/{task_id}/retry").status_code == 202
     task = client.get(f"/api/tasks/{task_id}", params={"wait": 120}).json()

@@ -53,7 +53,7 @@ _GROUNDING_TOKENS = frozenset({"<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"})
 
 def understood(answer: str, form: Form, width: int, height: int, understand: Understand) -> Understood:
     """`width`, `height`: pixels of the image that was sent."""
-    answer = _printable(answer)
+    answer = printable(answer)
     if form == "grounding":
         return _grounding(answer, width, height, understand)
     if form == "ocrflux-json":
@@ -63,7 +63,7 @@ def understood(answer: str, form: Form, width: int, height: int, understand: Und
     return Understood(paragraphs(answer))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without what neither XML nor UTF-8 can hold."""
     return _CONTROL.sub("", text).encode("utf-8", "replace").decode("utf-8")
 
@@ -142,7 +142,7 @@ def _ocrflux(answer: str, width: int, height: int) -> Understood:
         malformed = "is not the JSON that the model was trained to write"
         if natural_text is None:
             natural_text = "" if text.startswith("{") else text
-    blocks = tuple(_element(block, width, height) for block in paragraphs(_printable(natural_text or "")))
+    blocks = tuple(_element(block, width, height) for block in paragraphs(printable(natural_text or "")))
     return Understood(blocks, malformed=malformed, rotation=rotation)
 
 

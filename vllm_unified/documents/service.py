@@ -16,12 +16,13 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from vllm_unified.documents import figures, joining, products, profiles, uploads, webhooks
+from vllm_unified.documents import figures, joining, merging, products, profiles, uploads, webhooks
 from vllm_unified.documents.answers import Rotation
 from vllm_unified.documents.engine import Engine, EngineError, InFlight, OcrModel
 from vllm_unified.documents.fetching import AddressRule, fetch
 from vllm_unified.documents.grounding import grounded
 from vllm_unified.documents.jobs import Jobs, Room, Status
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.kinds import HEAD_BYTES, Kind, require_kind
 from vllm_unified.documents.options import Options, pages_of
 from vllm_unified.documents.page import Page
@@ -257,6 +258,32 @@ class Service:
         upright = await rendered(page.rotation) if page.rotation else image
         return await self._with_figures(document, page, upright)
 
+    async def seams(self, document: Document) -> Sequence[int]:
+        options = document.options
+        model = await self.engine.find()
+        if model is None or model.profile(options).merge is None:  # none is waited for: rules do it too
+            return ()
+        is_asked = options.join_pages and options.mode == "markdown"
+        return await asyncio.to_thread(self.store.seams, document.id) if is_asked else ()
+
+    async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
+        model = await self.model()
+        first, second = await asyncio.to_thread(self.store.results, document.id, number - 1, 2)
+        self._reading += 1
+        try:
+            return await merging.joints(
+                lambda request: self.engine.ask(model.name, request, document.key),
+                first,
+                second,
+                document.options,
+                model.profile(document.options),
+                max_model_len=model.max_model_len,
+            )
+        except EngineError as error:
+            raise DocumentError(502, str(error), code="engine_error") from None
+        finally:
+            self._reading -= 1
+
     async def finish(self, document: Document) -> int:
         loop = asyncio.get_running_loop()
         return await asyncio.to_thread(self._write_products, document, loop)
@@ -315,6 +342,8 @@ class Service:
             running_heads=document.options.running_heads,
             join_pages=document.options.join_pages,
             repeated=repeated,
+            joints=lambda number: self.store.joints(document.id, number),
+            warn=lambda message: log.warning("document %s: %s", document.id, message),
         )
         number = 0
         for part in parts:

@@ -5,7 +5,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +27,7 @@ from sqlalchemy import (
     StaticPool,
     Table,
     Text,
+    and_,
     create_engine,
     delete,
     event,
@@ -37,6 +38,7 @@ from sqlalchemy import (
     update,
 )
 
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
@@ -100,6 +102,13 @@ PAGES = Table(
     Column("reason", Text, nullable=False, server_default=""),
 )
 Index("pages_by_state", PAGES.c.document, PAGES.c.state, PAGES.c.number)
+JOINTS = Table(
+    "joints",
+    METADATA,
+    Column("document", Text, ForeignKey("documents.id", ondelete="CASCADE"), primary_key=True),
+    Column("page", Integer, primary_key=True, autoincrement=False),  # the first of the two
+    Column("result", LargeBinary),  # NULL: there is no answer
+)
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +260,36 @@ class Store:
             connection.execute(update(DOCUMENTS).where(_of(document)).values(updated_at=now))
             return True
 
+    def seams(self, document: str) -> list[int]:
+        """The pages that were read, as was the one after, of which `keep_joints` has kept nothing yet."""
+        following = PAGES.alias()
+        is_next = and_(following.c.document == PAGES.c.document, following.c.number == PAGES.c.number + 1)
+        were_read = (PAGES.c.document == document, PAGES.c.state == "done", following.c.state == "done")
+        known = select(JOINTS.c.page).where(JOINTS.c.document == document)
+        wanted = select(PAGES.c.number).join(following, is_next).where(*were_read, PAGES.c.number.not_in(known))
+        with self._transaction() as connection:
+            return list(connection.scalars(wanted.order_by(PAGES.c.number)))
+
+    def keep_joints(self, document: str, page: int, joints: Sequence[Joint] | None, now: float) -> bool:
+        """Those of this page and the next; None: there is no answer. False when it was cancelled or deleted."""
+        result = None if joints is None else msgspec.msgpack.encode(joints)
+        is_unfinished = (_of(document), DOCUMENTS.c.state.in_(UNFINISHED))
+        with self._transaction() as connection:
+            # The service has survived it, whatever attempts there were.
+            changed = update(DOCUMENTS).where(*is_unfinished).values(updated_at=now, attempts=0)
+            if not connection.execute(changed).rowcount:
+                return False
+            kept = insert(JOINTS).prefix_with("OR REPLACE")
+            connection.execute(kept.values(document=document, page=page, result=result))
+            return True
+
+    def joints(self, document: str, page: int) -> list[Joint] | None:
+        """Of this page and the next; None where there is no answer."""
+        wanted = select(JOINTS.c.result).where(JOINTS.c.document == document, JOINTS.c.page == page)
+        with self._transaction() as connection:
+            result = connection.scalar(wanted)
+        return None if result is None else msgspec.msgpack.decode(result, type=list[Joint])
+
     def give_back(self, document: str, number: int) -> bool:
         """A page that was started is queued again, as if it had not been; False when it is not running."""
         with self._transaction() as connection:
@@ -284,6 +323,7 @@ class Store:
             unread = (PAGES.c.document == document, PAGES.c.state.in_(("failed", "cancelled")))
             again = {"state": "queued", "attempts": 0, "result": None, "reason": ""}
             connection.execute(update(PAGES).where(*unread).values(**again))
+            connection.execute(delete(JOINTS).where(JOINTS.c.document == document, JOINTS.c.result.is_(None)))
             options = msgspec.structs.replace(before.options, password=password)
             connection.execute(
                 update(DOCUMENTS)
