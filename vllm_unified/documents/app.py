@@ -62,6 +62,7 @@ async def health(request: Request) -> Response:
         "vllm_configured": model is not None,
         "vllm_healthy": ready,
         "timestamp": time.time(),
+        "repetition_guard": {"works": service.guard.works, "message": service.guard.message},
         "tasks": await asyncio.to_thread(service.store.counts),
     }
     return JSONResponse(document, 200 if ready else 503)

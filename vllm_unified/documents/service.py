@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from vllm_unified.documents import figures, joining, products, profiles, uploads, webhooks
+from vllm_unified.documents import figures, guard, joining, products, profiles, uploads, webhooks
 from vllm_unified.documents.answers import Rotation
 from vllm_unified.documents.engine import Engine, EngineError, InFlight, OcrModel
 from vllm_unified.documents.fetching import AddressRule, fetch
@@ -81,6 +81,8 @@ class Service:
         # What holds where a client says nothing.
         self.defaults = Options(dpi=given.dpi, retries=given.retries, join_pages=given.join_pages)
         self.max_upload_bytes = given.max_upload_mib << 20
+        self.guard = guard.UNTESTED
+        self._guarded = ""  # the model that it was tested with
         self._in_flight = InFlight()
         self._reading = 0
         self._fetches = asyncio.Semaphore(FETCHES)
@@ -89,7 +91,7 @@ class Service:
     async def start(self) -> None:
         await asyncio.to_thread(self._sweep)
         await self.jobs.start()
-        works = (self._watch_engine, self._expire, self._tell_ends)
+        works = (self._watch_engine, self._watch_guard, self._expire, self._tell_ends)
         self._beside = [asyncio.create_task(_for_ever(work)) for work in works]
 
     async def stop(self) -> None:
@@ -334,6 +336,28 @@ class Service:
             if queue is not None:
                 self._in_flight.observe(queue, self._reading, time.monotonic())
         await asyncio.sleep(LOOK_SECONDS)
+
+    async def _watch_guard(self) -> None:
+        """Tested once for each start of the engine."""
+        model = await self.engine.find()
+        if model is None or not model.ready:
+            self.guard, self._guarded = guard.UNTESTED, ""
+        elif model.name != self._guarded and await self._is_idle(model):
+            ready = model
+            profile = ready.profile(self.defaults)
+            self.guard = await guard.tested(
+                lambda request: self.engine.ask(ready.name, request), profile, self.defaults
+            )
+            self._guarded = ready.name
+            level = logging.INFO if self.guard.works else logging.WARNING
+            log.log(level, "guard against repetition, %s: %s", ready.name, self.guard.message)
+        await asyncio.sleep(LOOK_SECONDS)
+
+    async def _is_idle(self, model: OcrModel) -> bool:
+        if self._reading:
+            return False
+        queue = await self.engine.queue(model.name)
+        return queue is None or not (queue.running or queue.waiting)
 
     async def _expire(self) -> None:
         given = self.settings.documents
