@@ -25,7 +25,7 @@ from vllm_unified.documents.jobs import Jobs, Room, Status
 from vllm_unified.documents.kinds import HEAD_BYTES, Kind, require_kind
 from vllm_unified.documents.options import Options, pages_of
 from vllm_unified.documents.page import Page
-from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.problems import DocumentError, on_disk
 from vllm_unified.documents.reading import read_page, request_of
 from vllm_unified.documents.rendering import Rendered, Renderer
 from vllm_unified.documents.store import Document, Store, Webhook
@@ -43,6 +43,7 @@ PAGES_AT_ONCE = 100  # of a result, read from the store
 # Answers that a client waits for end with the job, however long that takes; proxies in between may be less patient.
 LONGEST_JOB = 7 * DAY_SECONDS
 INPUT = "input"
+RETRY = "POST /api/tasks/{}/retry: what was read stays read"
 
 P = TypeVar("P")
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Service:
     ) -> Document:
         """Accept a file, which belongs to its task from then on.
 
-        Raises DocumentError for what can't be read or is not allowed, 429 when too much waits.
+        Raises DocumentError for what can't be read or is not allowed, 429 when too much waits, 507 on a full disk.
         """
         try:
             self.jobs.check_room(key)
@@ -133,8 +134,9 @@ class Service:
                 webhook_secret=wishes.webhook_secret,
             )
             folder = self.folder_of(accepted.id)
-            await asyncio.to_thread(_move_in, upload.path, folder)
             try:
+                with on_disk():
+                    await asyncio.to_thread(_move_in, upload.path, folder)
                 document = await self.jobs.accept(accepted)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -155,12 +157,14 @@ class Service:
 
     async def fetched(self, url: str) -> Upload:
         """A file that stands at a client's URL. Raises DocumentError."""
-        folder = Path(tempfile.mkdtemp(dir=self.incoming))
+        with on_disk():
+            folder = Path(tempfile.mkdtemp(dir=self.incoming))
         try:
-            async with self._fetches:
-                found = await fetch(
-                    url, folder, max_bytes=self.max_upload_bytes, seconds=FETCH_SECONDS, allowed=self.allowed
-                )
+            with on_disk():
+                async with self._fetches:
+                    found = await fetch(
+                        url, folder, max_bytes=self.max_upload_bytes, seconds=FETCH_SECONDS, allowed=self.allowed
+                    )
             name = uploads.safe_name(found.name)
             kind = await asyncio.to_thread(_kind, found.path, name)
             path = self.incoming / f"upload-{uuid.uuid4().hex}"
@@ -254,6 +258,7 @@ class Service:
             )
         finally:
             self._reading -= 1
+        page = msgspec.structs.replace(page, resolution_used=profiles.resolution_used(options, profile))
         if not options.extract_images:
             return page
         upright = await rendered(page.rotation) if page.rotation else image
@@ -261,14 +266,17 @@ class Service:
 
     async def finish(self, document: Document) -> int:
         loop = asyncio.get_running_loop()
-        return await asyncio.to_thread(self._write_products, document, loop)
+        with on_disk(RETRY.format(document.id)):
+            return await asyncio.to_thread(self._write_products, document, loop)
 
     async def _with_figures(self, document: Document, page: Page, image: Rendered) -> Page:
         page = figures.named(page)
         wanted = figures.boxes_of(page)
         if wanted:
             cut = await self.renderer.crop(image.image, tuple(wanted.values()))
-            await asyncio.to_thread(_write_figures, self.folder_of(document.id), dict(zip(wanted, cut, strict=True)))
+            with on_disk(RETRY.format(document.id)):
+                files = dict(zip(wanted, cut, strict=True))
+                await asyncio.to_thread(_write_figures, self.folder_of(document.id), files)
         return page
 
     def _write_products(self, document: Document, loop: asyncio.AbstractEventLoop) -> int:

@@ -159,7 +159,7 @@ class Webhook(msgspec.Struct, frozen=True):
 
 
 class StoreError(DocumentError):
-    """The database can't be read or written now: 503."""
+    """The database can't be read or written now: 503, or 507 on a full disk."""
 
 
 class Store:
@@ -443,7 +443,9 @@ class Store:
         except exc.DBAPIError as error:
             log.error("%s: %s", self._path, error.orig)
             message = f"the store of documents can't be used now: {error.orig}; try again later"
-            raise StoreError(503, message, code="store_unavailable", headers={"retry-after": "5"}) from error
+            is_full = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            status, code = (507, "no_space") if is_full else (503, "store_unavailable")
+            raise StoreError(status, message, code=code, headers={"retry-after": "5"}) from error
 
 
 def _open(path: Path) -> Engine:

@@ -47,6 +47,7 @@ async def read_image(request: Request, caller: Asking) -> Response:
         "raw_text": "\n\n".join(page.raw_text for page in pages),
         "boxes": products.boxes_of(first),
         "image_dims": {"w": first.width, "h": first.height},
+        "resolution_used": first.resolution_used or None,
         "task_id": status.id,
         "timing": timing,
         "duration_ms": timing["duration_ms"],
@@ -187,6 +188,7 @@ async def _result(service: Service, task_id: str) -> dict[str, Any]:
         "archive_url": f"{at}/result.zip",
         "image_urls": [f"{at}/{asset}" for asset in assets],
         "product_urls": {name: f"{at}/{name}" for name in files},
+        "resolution_used": next((page.resolution_used for page in pages if page.resolution_used), None),
         "pages": [products.raw_page(page) for page in pages],
     }
 
