@@ -1,33 +1,15 @@
 """That the guard against repetition is found out about: of engines that have it, pass it over, or refuse it."""
 
 import json
-import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.conftest import Project, eventually
+from tests.conftest import eventually
 from tests.documents.conftest import Served
 from tests.documents.fake_ocr import FakeOcr
 from vllm_unified.documents.guard import has_pair_twice
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[FakeOcr]:
-    with FakeOcr() as ocr:
-        yield ocr
-
-
-@pytest.fixture
-def fresh(engine: FakeOcr, tmp_path: Path) -> Iterator[Served]:
-    project = Project(tmp_path / "project")
-    (project.home / "config").mkdir(parents=True)
-    served = Served(project, engine)
-    yield served
-    served.kill(signal.SIGTERM)
 
 
 def guard_of(served: Served) -> dict[str, Any]:
@@ -49,8 +31,8 @@ def guard_of(served: Served) -> dict[str, Any]:
         ("any-vlm", "refused", False, "it refuses every page"),
     ],
 )
-def test_what_is_found(fresh: Served, engine: FakeOcr, model: str, guard: str, works: bool, words: str) -> None:
-    engine.behave(model=model, guard=guard)
+def test_what_is_found(fresh: Served, ocr: FakeOcr, model: str, guard: str, works: bool, words: str) -> None:
+    ocr.behave(model=model, guard=guard)
     fresh.start()
     found = guard_of(fresh)
     assert (found["works"], words in found["message"]) == (works, True), found
@@ -59,17 +41,17 @@ def test_what_is_found(fresh: Served, engine: FakeOcr, model: str, guard: str, w
     assert "\n" not in found["message"]
 
 
-def test_a_busy_engine_is_not_asked(fresh: Served, engine: FakeOcr) -> None:
-    engine.behave(model="deepseek-ocr")
-    engine.waiting = 3  # of somebody else
+def test_a_busy_engine_is_not_asked(fresh: Served, ocr: FakeOcr) -> None:
+    ocr.behave(model="deepseek-ocr")
+    ocr.waiting = 3  # of somebody else
     try:
         fresh.start()
         eventually(lambda: json.loads(httpx.get(f"{fresh.url}/health").text)["model_loaded"])
         with pytest.raises(AssertionError):
-            eventually(lambda: engine.seen["guard_tests"], 3)
+            eventually(lambda: ocr.seen["guard_tests"], 3)
         assert httpx.get(f"{fresh.url}/health").json()["repetition_guard"]["works"] is None
     finally:
-        engine.waiting = 0
+        ocr.waiting = 0
     assert guard_of(fresh)["works"] is True
 
 
