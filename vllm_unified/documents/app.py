@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from vllm_unified import __version__
 from vllm_unified.documents.api import mistral, ocrflux, older, tasks
+from vllm_unified.documents.metrics import CONTENT_TYPE
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service
 from vllm_unified.errors import UserError
@@ -43,6 +44,7 @@ def create_app(service: Service) -> FastAPI:
     for each in (tasks, older, ocrflux, mistral):
         app.include_router(each.router)
     app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/metrics", metrics, methods=["GET"])
     app.add_exception_handler(DocumentError, _answer_document_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -66,6 +68,13 @@ async def health(request: Request) -> Response:
         "tasks": await asyncio.to_thread(service.store.counts),
     }
     return JSONResponse(document, 200 if ready else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """For Prometheus; the router has it as /metrics/documents."""
+    service: Service = request.app.state.service
+    text = await asyncio.to_thread(service.metrics.text, service.jobs.load(), service.pages_in_flight())
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 def serve(settings: Settings) -> None:

@@ -5,6 +5,7 @@ import errno
 from collections.abc import Iterator, Mapping
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL_DISK = "the disk is full that documents are kept on, or its quota is used up"
 
 
 class DocumentError(Exception):
@@ -22,10 +23,7 @@ class DocumentError(Exception):
 
 def full_disk(then: str) -> DocumentError:
     """`then`: what to do when there is space again."""
-    message = (
-        "the disk is full that documents are kept on, or its quota is used up; free some space in data/documents, "
-        f"or lower documents.keep_gib, and then {then}"
-    )
+    message = f"{FULL_DISK}; free some space in data/documents, or lower documents.keep_gib, and then {then}"
     return DocumentError(507, message, code="no_space")
 
 

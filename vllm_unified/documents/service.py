@@ -23,6 +23,7 @@ from vllm_unified.documents.fetching import AddressRule, fetch
 from vllm_unified.documents.grounding import grounded
 from vllm_unified.documents.jobs import Jobs, Room, Status
 from vllm_unified.documents.kinds import HEAD_BYTES, Kind, require_kind
+from vllm_unified.documents.metrics import Metrics
 from vllm_unified.documents.options import Options, pages_of
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError, on_disk
@@ -77,7 +78,8 @@ class Service:
         self.engine = Engine(settings.router_url, settings.require_api_key())
         self.renderer = Renderer(max(2, (os.cpu_count() or 2) // 2), max_pages=given.max_pages)
         room = Room(pages=given.max_waiting_pages, pages_per_key=given.max_waiting_pages)
-        self.jobs = Jobs(self.store, self, self._limit, room=room)
+        self.metrics = Metrics(self.store, self.folder)
+        self.jobs = Jobs(self.store, self, self.pages_in_flight, room=room, note=self.metrics.note)
         self.allowed = AddressRule(tuple(given.allowed_networks), tuple(given.allowed_hosts))
         # What holds where a client says nothing.
         self.defaults = Options(dpi=given.dpi, retries=given.retries, join_pages=given.join_pages)
@@ -401,7 +403,8 @@ class Service:
             log.warning("document %s: its webhook: %s", document.id, outcome.reason)
         await asyncio.to_thread(self.store.webhook_tried, document.id, None if pause is None else time.time() + pause)
 
-    def _limit(self) -> int:
+    def pages_in_flight(self) -> int:
+        """At most."""
         return self.settings.documents.pages_in_flight or self._in_flight.limit
 
     def _sweep(self) -> None:

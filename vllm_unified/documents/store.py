@@ -332,6 +332,11 @@ class Store:
             found = {state: count for state, count in connection.execute(counted)}
         return {state: found.get(state, 0) for state in STATES}
 
+    def size(self) -> int:
+        """Bytes of all documents' files together."""
+        with self._transaction() as connection:
+            return connection.scalar(select(func.sum(DOCUMENTS.c.size))) or 0
+
     def ids(self) -> set[str]:
         """Of all documents, to tell which folders belong to none."""
         with self._transaction() as connection:
