@@ -102,6 +102,7 @@ async def list_tasks(
 
 @router.get("/api/tasks/{task_id}")
 async def show_task(request: Request, caller: Asking, task_id: str, wait: Wait = 0.0) -> Response:
+    """Status, progress and, at the end, the result."""
     service = service_of(request)
     await own_document(service, caller, task_id)
     if wait:
@@ -149,6 +150,7 @@ async def delete_task(request: Request, caller: Asking, task_id: str) -> Respons
 
 @router.get("/api/tasks/{task_id}/download/{path:path}")
 async def download(request: Request, caller: Asking, task_id: str, path: str) -> Response:
+    """A product: result.md, raw.json, result.zip, layout.pdf, images/…, and what `formats` asked for."""
     service = service_of(request)
     document = await own_document(service, caller, task_id)
     file = service.folder_of(task_id) / path
