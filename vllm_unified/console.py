@@ -211,7 +211,7 @@ class Status:
         running = programs(settings.run)
         router = None if running is None else _phase(running, "router")
         documents = _phase(running, "documents") if running is not None and settings.reads_documents else None
-        guard = _guard(settings) if documents == "running" else None
+        guard = guard_of(settings) if documents == "running" else None
         found = rows(settings)
         return cls(settings, router, documents, guard, found, usage_of_all(settings, [row.state for row in found]))
 
@@ -256,7 +256,8 @@ class Status:
         }
 
 
-def _guard(settings: Settings) -> Mapping[str, Any] | None:
+def guard_of(settings: Settings) -> Mapping[str, Any] | None:
+    """What the document service found of the guard against repetition: `works` and `message`; None: it does not say."""
     try:
         _, said = loopback.get(f"{settings.documents_url}/health", timeout=GUARD_SECONDS)
         found: Mapping[str, Any] = json.loads(said)["repetition_guard"]

@@ -330,7 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
         guard = ocr.behaviour.get("guard", "works")
         xargs = asked.get("vllm_xargs", {})
         if guard == "refused":
-            self.answer(400, {"error": {"message": "fake OCR: vllm_xargs is not known"}})
+            self.answer(400, {"error": {"message": "fake OCR: vllm_xargs\nis not known"}})
         elif xargs.get("ngram_size") == 0 and guard != "passed over":
             self.answer(400, {"error": {"message": "`ngram_size` has to be a strictly positive integer, got 0."}})
         else:

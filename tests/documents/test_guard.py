@@ -1,14 +1,18 @@
 """That the guard against repetition is found out about: of engines that have it, pass it over, or refuse it."""
 
+import io
 import json
 from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 from tests.conftest import eventually
 from tests.documents.conftest import Served
 from tests.documents.fake_ocr import FakeOcr
+from vllm_unified.console import Status
+from vllm_unified.console import guard_of as guard_of_service
 from vllm_unified.documents.guard import has_pair_twice
 
 
@@ -39,6 +43,26 @@ def test_what_is_found(fresh: Served, ocr: FakeOcr, model: str, guard: str, work
     line = f"{'INFO' if works else 'WARNING'}: guard against repetition, {model}: {found['message']}\n"
     assert fresh.log.read_text().count(line) == 1
     assert "\n" not in found["message"]
+
+
+def test_status_says_what_to_do(fresh: Served, ocr: FakeOcr) -> None:
+    def shown() -> str:
+        console = Console(file=io.StringIO(), width=400)
+        status = Status(settings, "running", "running", guard_of_service(settings), [], {})
+        console.print(status.text())
+        assert status.document()["documents"]["repetition_guard"] == status.guard
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    settings = fresh.project.load()
+    assert "guard" not in shown()  # nobody answers
+    ocr.behave(model="deepseek-ocr", guard="passed over")
+    fresh.start()
+    assert f"guard against repetition: {guard_of(fresh)['message']}\n" in shown()
+    fresh.kill()
+    ocr.behave(model="deepseek-ocr")
+    fresh.start()
+    assert guard_of(fresh)["works"] is True
+    assert "guard" not in shown()
 
 
 def test_a_busy_engine_is_not_asked(fresh: Served, ocr: FakeOcr) -> None:

@@ -56,10 +56,11 @@ async def tested(ask: Ask, profile: Profile, options: Options) -> Guard:
     try:
         return await (_of_engine if profile.guard else _of_service)(ask, profile, options)
     except EngineError as error:
+        words = "".join(letter if letter.isprintable() else " " for letter in str(error))
         if error.status not in REFUSED:
-            return Guard(None, f"not tested: {error}")
+            return Guard(None, f"not tested: {words}")
         return Guard(
-            False, f"{error}; so it refuses every page: see to engine_args of the model, then ./deploy.sh reload"
+            False, f"{words}; so it refuses every page: see to engine_args of the model, then ./deploy.sh reload"
         )
 
 

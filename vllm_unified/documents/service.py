@@ -353,15 +353,15 @@ class Service:
         if model is None or not model.ready:
             self.guard, self._guarded = guard.UNTESTED, ""
         elif model.name != self._guarded and await self._is_idle(model):
-            ready = model
-            profile = ready.profile(self.defaults)
-            self.guard = await guard.tested(
-                lambda request: self.engine.ask(ready.name, request), profile, self.defaults
-            )
-            self._guarded = ready.name
-            level = logging.INFO if self.guard.works else logging.WARNING
-            log.log(level, "guard against repetition, %s: %s", ready.name, self.guard.message)
+            await self._test_guard(model)
         await asyncio.sleep(LOOK_SECONDS)
+
+    async def _test_guard(self, model: OcrModel) -> None:
+        profile = model.profile(self.defaults)
+        self.guard = await guard.tested(lambda request: self.engine.ask(model.name, request), profile, self.defaults)
+        self._guarded = model.name
+        level = logging.INFO if self.guard.works else logging.WARNING
+        log.log(level, "guard against repetition, %s: %s", model.name, self.guard.message)
 
     async def _is_idle(self, model: OcrModel) -> bool:
         if self._reading:
