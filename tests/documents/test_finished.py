@@ -47,6 +47,7 @@ class TestWebhook:
 
     def test_is_signed_and_comes_again_until_it_is_taken(self, telling: Served) -> None:
         statuses = ["500 Oh", "200 OK"]
+        host = Host(0)
 
         async def answer(request: bytes) -> AsyncIterator[bytes]:
             yield head(statuses[len(host.requests) - 1], "content-length: 0")
@@ -69,7 +70,6 @@ class TestWebhook:
             )
             return count, at is not None
 
-        host = Host(0)
         task_id = asyncio.run(story())
         assert len(host.requests) == 2
         for request in host.requests:
