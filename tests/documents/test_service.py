@@ -311,6 +311,38 @@ def test_a_job_that_finds_the_disk_full_keeps_its_pages(served: Served, ocr: Fak
     assert ocr.seen["pages"] == {"1": 1, "2": 1, "3": 1}
 
 
+def test_a_page_whose_figures_find_the_disk_full_keeps_its_text(served: Served, ocr: FakeOcr) -> None:
+    ocr.behave(model="deepseek-ocr", concurrency=1, latency=0.3)
+    with served.client() as client:
+        task_id = client.post("/api/ocr/pdf", files={"pdf": ("a.pdf", pdf_of(2))}).json()["task_id"]
+        figure = served.folder / task_id / "images" / "page-2-img-1.jpg.new"
+        figure.parent.mkdir(exist_ok=True)
+        figure.symlink_to("/dev/full")
+        document = ended(client, task_id)
+        (failed,) = document["fallback_pages"]
+        assert (document["status"], failed["page"]) == ("succeeded", 2)
+        assert "the disk is full" in failed["reason"]
+        assert "page 2 says" in client.get(document["result"]["markdown_url"]).text
+        figure.unlink()
+        assert client.post(f"/api/tasks/{task_id}/retry").status_code == 202
+        document = ended(client, task_id)
+        assert document["fallback_pages"] == []
+        for url in document["result"]["image_urls"]:
+            client.get(url).raise_for_status()
+    assert ocr.seen["pages"] == {"1": 1, "2": 2}
+
+
+def test_a_loop_of_a_model_without_a_guard_is_cut(fresh: Served, ocr: FakeOcr) -> None:
+    ocr.behave(model="any-vlm", form="markdown", cue="loop")
+    fresh.start()
+    with fresh.client() as client:
+        document = client.post("/api/ocr/image", files={"image": ("a.png", page_image(3, 400, 560))}).json()
+    assert "page 3 says" in document["text"]
+    assert document["raw_text"].count("again and again") == 200
+    assert document["text"].count("again and again") == 1
+    assert any("repeats itself" in warning for warning in document["warnings"])
+
+
 def test_after_a_kill_it_goes_on_and_reads_no_page_twice(served: Served, ocr: FakeOcr) -> None:
     ocr.behave(model="deepseek-ocr", concurrency=2, latency=0.1)
     with served.client() as client:

@@ -272,14 +272,18 @@ class Service:
             return await asyncio.to_thread(self._write_products, document, loop)
 
     async def _with_figures(self, document: Document, page: Page, image: Rendered) -> Page:
-        page = figures.named(page)
-        wanted = figures.boxes_of(page)
+        """On a full disk the page has failed: its text stays, and a retry reads it again."""
+        named = figures.named(page)
+        wanted = figures.boxes_of(named)
         if wanted:
             cut = await self.renderer.crop(image.image, tuple(wanted.values()))
-            with on_disk(RETRY.format(document.id)):
-                files = dict(zip(wanted, cut, strict=True))
-                await asyncio.to_thread(_write_figures, self.folder_of(document.id), files)
-        return page
+            files = dict(zip(wanted, cut, strict=True))
+            try:
+                with on_disk(RETRY.format(document.id)):
+                    await asyncio.to_thread(_write_figures, self.folder_of(document.id), files)
+            except DocumentError as error:
+                return msgspec.structs.replace(page, reason=str(error))
+        return named
 
     def _write_products(self, document: Document, loop: asyncio.AbstractEventLoop) -> int:
         """In a thread; the pages' images for layout.pdf are drawn again by the renderer of `loop`."""
