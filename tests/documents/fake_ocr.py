@@ -17,6 +17,8 @@ It behaves as these fields say; every one may be left out:
     texts: {number of a page: its answer, with places where the mode has them}; form "ocrflux-json" puts it in JSON
     cue: what every other request meets                retry_after: of a 429 or 503 (default "1", "" for none)
     no_metrics: true, so that /metrics/engines is 404
+    guard: "works" (default), "passed over" (no processor reads ngram_size), "without effect", "refused",
+           "no finish_reason" (of an answer that was cut off)
 
 Cues, which a model's name may carry too, as in "DeepSeek-OCR:loop":
 
@@ -33,7 +35,9 @@ POST /behave with such an object changes the behaviour of one that runs, and for
 
     {"requests": [{"page", "cue", "status", "model", "mode", "prompt", "temperature", "vllm_xargs", "on_behalf_of",
      "width", "height", "rotation", "fields"}], "pages": {number: answers given}, "cancelled": n, "most_running": n,
-     "most_waiting": n}
+     "most_waiting": n, "guard_tests": n}
+
+A question of the service's test of the guard (one token, or token ids) meets no cue and stands in none of the others.
 
 A page's number is the colour of the square in its top left corner, 5 % of its shorter side: see `colour_of`. It
 is found in the other corners too, which shows how the page is turned (OCRFlux's form tells it). A page without one is
@@ -280,7 +284,7 @@ class FakeOcr:
         with self.lock:
             self.behaviour = behaviour
             self.seen: dict[str, Any] = {"requests": [], "pages": {}, "cancelled": 0, "most_running": 0}
-            self.seen["most_waiting"] = 0
+            self.seen["most_waiting"] = self.seen["guard_tests"] = 0
 
     def cue_of(self, mode: str, page: int, model: str) -> str:
         """Takes it from the lists."""
@@ -361,8 +365,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": "fake OCR: no such path"}})
         elif (key := ocr.behaviour.get("key", "")) and self.headers.get("authorization") != f"Bearer {key}":
             self.answer(401, {"error": {"message": "fake OCR: wrong key"}})
+        elif (asked := json.loads(body)).get("max_tokens") == 1 or asked.get("return_token_ids"):
+            self.test_guard(asked)
         else:
-            self.read_page(json.loads(body))
+            self.read_page(asked)
+
+    def test_guard(self, asked: dict[str, Any]) -> None:
+        """As vLLM and its n-gram processor do."""
+        ocr = self.server.ocr
+        ocr.seen["guard_tests"] += 1
+        guard = ocr.behaviour.get("guard", "works")
+        xargs = asked.get("vllm_xargs", {})
+        if guard == "refused":
+            self.answer(400, {"error": {"message": "fake OCR: vllm_xargs\nis not known"}})
+        elif xargs.get("ngram_size") == 0 and guard != "passed over":
+            self.answer(400, {"error": {"message": "`ngram_size` has to be a strictly positive integer, got 0."}})
+        else:
+            count = asked["max_tokens"]
+            tokens = [1, 2] * (count // 2) if guard == "without effect" else list(range(count))
+            reason = "stop" if guard == "no finish_reason" else "length"
+            choice = {"message": {"content": "la"}, "finish_reason": reason, "token_ids": tokens}
+            self.answer(200, {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": count}})
 
     def read_page(self, asked: dict[str, Any]) -> None:
         ocr = self.server.ocr

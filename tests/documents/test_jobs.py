@@ -234,8 +234,8 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Jobs]:
         self.store = Store(self.folder / "documents.db")
-        clock = {"monotonic": lambda: self.now} if self.now else {}
-        self.jobs = Jobs(self.store, self.work, lambda: self.limit, room=self.room, **clock)
+        clock = (lambda: self.now) if self.now else time.monotonic
+        self.jobs = Jobs(self.store, self.work, lambda: self.limit, room=self.room, monotonic=clock)
         await self.jobs.start()
         try:
             yield self.jobs

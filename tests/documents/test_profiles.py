@@ -19,6 +19,7 @@ from vllm_unified.documents.profiles import (
     profile_of,
     prompt_of,
     resolution_of,
+    resolution_used,
     sampling,
     tables_prompt,
 )
@@ -166,6 +167,12 @@ def test_resolution_and_what_the_engine_makes_of_it(options: Options, name: str,
     assert resolution.name == name
     assert longest_side(options, DEEPSEEK) == side
     assert re.search(used, resolution.used)
+    assert resolution_used(options, DEEPSEEK) == resolution.used
+
+
+def test_what_is_used_where_no_resolution_is_asked_for() -> None:
+    assert resolution_used(Options(), DEEPSEEK) == resolution_used(Options(crop_mode=True), DEEPSEEK)
+    assert resolution_used(Options(), OCRFLUX) == ""
 
 
 def test_longest_side_where_no_resolution_is_asked_for() -> None:

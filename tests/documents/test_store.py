@@ -496,13 +496,13 @@ class TestDamage:
             Store(path)
         assert [file.name for file in path.parent.glob("*broken*")] == []
 
-    def test_a_disk_that_fails_is_a_503_and_works_again(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_full_disk_is_a_507_and_works_again(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
         document = queued(store)
         with store._engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 1")
         with pytest.raises(StoreError, match="full") as raised:
             store.accept(upload(1, name="n" * 100_000), 11.0)
-        assert (raised.value.status, raised.value.code) == (503, "store_unavailable")
+        assert (raised.value.status, raised.value.code) == (507, "no_space")
         assert "full" in caplog.text
         with store._engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 100000")

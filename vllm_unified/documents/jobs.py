@@ -266,7 +266,8 @@ class _Active:
 class Jobs:
     """Between `start` and `stop` it works on what the store has. All methods belong to one event loop.
 
-    `limit()`: how many pages may be in flight; asked before each start, 0 is a pause. `clock` is unix time.
+    `limit()`: how many pages may be in flight; asked before each start, 0 is a pause. `note(page)`: told of each page
+    when what came of it is stored. `clock` is unix time.
     """
 
     def __init__(
@@ -276,6 +277,7 @@ class Jobs:
         limit: Callable[[], int],
         *,
         room: Room = Room(),  # noqa: B008 - frozen
+        note: Callable[[Page], None] = lambda page: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -283,6 +285,7 @@ class Jobs:
         self._work = work
         self._limit = limit
         self._room = room
+        self._note = note
         self._clock = clock
         self._monotonic = monotonic
         # One thread, so that what was asked first is stored first.
@@ -597,6 +600,7 @@ class Jobs:
             self._count(active, page)
 
     def _count(self, active: _Active, page: Page) -> None:
+        self._note(page)
         now = self._monotonic()
         active.pace.add(now)
         self._pace.add(now)

@@ -55,6 +55,8 @@ class Page(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    # What the engine makes of the resolution mode that was asked for; "" of a model that has no modes.
+    resolution_used: str = ""
 
 
 def as_shares(box: Box, width: int, height: int) -> tuple[float, float, float, float]:

@@ -111,6 +111,7 @@ def raw_page(page: Page) -> dict[str, Any]:
         "boxes": boxes_of(page),
         "image_assets": [block.asset for block in page.blocks if block.asset],
         "image_dims": {"w": page.width, "h": page.height},
+        "resolution_used": page.resolution_used or None,
         "blocks": [_raw_block(block, page) for block in page.blocks],
         "source": page.source,
         "reason": page.reason,

@@ -323,6 +323,14 @@ def longest_side(options: Options, profile: Profile) -> int:
     return resolution.longest_side if resolution else profile.longest_side
 
 
+def resolution_used(options: Options, profile: Profile) -> str:
+    """What the engine makes of the mode that was asked for, or of none; "" of a model that has no modes."""
+    asked = resolution_of(options, profile)
+    without = (each for each in profile.resolutions if each.longest_side == profile.longest_side)
+    found = asked or next(without, None)
+    return found.used if found else ""
+
+
 def sampling(
     options: Options, profile: Profile, *, temperature: float, stronger: bool, max_model_len: int | None = None
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from vllm_unified.documents import figures, joining, merging, products, profiles, uploads, webhooks
+from vllm_unified.documents import figures, guard, joining, merging, products, profiles, uploads, webhooks
 from vllm_unified.documents.answers import Rotation
 from vllm_unified.documents.engine import Engine, EngineError, InFlight, OcrModel
 from vllm_unified.documents.fetching import AddressRule, fetch
@@ -24,9 +24,10 @@ from vllm_unified.documents.grounding import grounded
 from vllm_unified.documents.jobs import Jobs, Room, Status
 from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.kinds import HEAD_BYTES, Kind, require_kind
+from vllm_unified.documents.metrics import Metrics
 from vllm_unified.documents.options import Options, pages_of
 from vllm_unified.documents.page import Page
-from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.problems import DocumentError, on_disk
 from vllm_unified.documents.reading import read_page, request_of
 from vllm_unified.documents.rendering import Rendered, Renderer
 from vllm_unified.documents.store import Document, Store, Webhook
@@ -44,6 +45,7 @@ PAGES_AT_ONCE = 100  # of a result, read from the store
 # Answers that a client waits for end with the job, however long that takes; proxies in between may be less patient.
 LONGEST_JOB = 7 * DAY_SECONDS
 INPUT = "input"
+RETRY = "POST /api/tasks/{}/retry: what was read stays read"
 
 P = TypeVar("P")
 log = logging.getLogger(__name__)
@@ -77,11 +79,14 @@ class Service:
         self.engine = Engine(settings.router_url, settings.require_api_key())
         self.renderer = Renderer(max(2, (os.cpu_count() or 2) // 2), max_pages=given.max_pages)
         room = Room(pages=given.max_waiting_pages, pages_per_key=given.max_waiting_pages)
-        self.jobs = Jobs(self.store, self, self._limit, room=room)
+        self.metrics = Metrics(self.store, self.folder)
+        self.jobs = Jobs(self.store, self, self.pages_in_flight, room=room, note=self.metrics.note)
         self.allowed = AddressRule(tuple(given.allowed_networks), tuple(given.allowed_hosts))
         # What holds where a client says nothing.
         self.defaults = Options(dpi=given.dpi, retries=given.retries, join_pages=given.join_pages)
         self.max_upload_bytes = given.max_upload_mib << 20
+        self.guard = guard.UNTESTED
+        self._guarded = ""  # the model that it was tested with
         self._in_flight = InFlight()
         self._reading = 0
         self._fetches = asyncio.Semaphore(FETCHES)
@@ -90,7 +95,7 @@ class Service:
     async def start(self) -> None:
         await asyncio.to_thread(self._sweep)
         await self.jobs.start()
-        works = (self._watch_engine, self._expire, self._tell_ends)
+        works = (self._watch_engine, self._watch_guard, self._expire, self._tell_ends)
         self._beside = [asyncio.create_task(_for_ever(work)) for work in works]
 
     async def stop(self) -> None:
@@ -109,7 +114,7 @@ class Service:
     ) -> Document:
         """Accept a file, which belongs to its task from then on.
 
-        Raises DocumentError for what can't be read or is not allowed, 429 when too much waits.
+        Raises DocumentError for what can't be read or is not allowed, 429 when too much waits, 507 on a full disk.
         """
         try:
             self.jobs.check_room(key)
@@ -132,8 +137,9 @@ class Service:
                 webhook_secret=wishes.webhook_secret,
             )
             folder = self.folder_of(accepted.id)
-            await asyncio.to_thread(_move_in, upload.path, folder)
             try:
+                with on_disk():
+                    await asyncio.to_thread(_move_in, upload.path, folder)
                 document = await self.jobs.accept(accepted)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -154,12 +160,14 @@ class Service:
 
     async def fetched(self, url: str) -> Upload:
         """A file that stands at a client's URL. Raises DocumentError."""
-        folder = Path(tempfile.mkdtemp(dir=self.incoming))
+        with on_disk():
+            folder = Path(tempfile.mkdtemp(dir=self.incoming))
         try:
-            async with self._fetches:
-                found = await fetch(
-                    url, folder, max_bytes=self.max_upload_bytes, seconds=FETCH_SECONDS, allowed=self.allowed
-                )
+            with on_disk():
+                async with self._fetches:
+                    found = await fetch(
+                        url, folder, max_bytes=self.max_upload_bytes, seconds=FETCH_SECONDS, allowed=self.allowed
+                    )
             name = uploads.safe_name(found.name)
             kind = await asyncio.to_thread(_kind, found.path, name)
             path = self.incoming / f"upload-{uuid.uuid4().hex}"
@@ -253,6 +261,7 @@ class Service:
             )
         finally:
             self._reading -= 1
+        page = msgspec.structs.replace(page, resolution_used=profiles.resolution_used(options, profile))
         if not options.extract_images:
             return page
         upright = await rendered(page.rotation) if page.rotation else image
@@ -286,15 +295,22 @@ class Service:
 
     async def finish(self, document: Document) -> int:
         loop = asyncio.get_running_loop()
-        return await asyncio.to_thread(self._write_products, document, loop)
+        with on_disk(RETRY.format(document.id)):
+            return await asyncio.to_thread(self._write_products, document, loop)
 
     async def _with_figures(self, document: Document, page: Page, image: Rendered) -> Page:
-        page = figures.named(page)
-        wanted = figures.boxes_of(page)
+        """On a full disk the page has failed: its text stays, and a retry reads it again."""
+        named = figures.named(page)
+        wanted = figures.boxes_of(named)
         if wanted:
             cut = await self.renderer.crop(image.image, tuple(wanted.values()))
-            await asyncio.to_thread(_write_figures, self.folder_of(document.id), dict(zip(wanted, cut, strict=True)))
-        return page
+            files = dict(zip(wanted, cut, strict=True))
+            try:
+                with on_disk(RETRY.format(document.id)):
+                    await asyncio.to_thread(_write_figures, self.folder_of(document.id), files)
+            except DocumentError as error:
+                return msgspec.structs.replace(page, reason=str(error))
+        return named
 
     def _write_products(self, document: Document, loop: asyncio.AbstractEventLoop) -> int:
         """In a thread; the pages' images for layout.pdf are drawn again by the renderer of `loop`."""
@@ -363,6 +379,28 @@ class Service:
                 self._in_flight.observe(queue, self._reading, time.monotonic())
         await asyncio.sleep(LOOK_SECONDS)
 
+    async def _watch_guard(self) -> None:
+        """Tested once for each start of the engine."""
+        model = await self.engine.find()
+        if model is None or not model.ready:
+            self.guard, self._guarded = guard.UNTESTED, ""
+        elif model.name != self._guarded and await self._is_idle(model):
+            await self._test_guard(model)
+        await asyncio.sleep(LOOK_SECONDS)
+
+    async def _test_guard(self, model: OcrModel) -> None:
+        profile = model.profile(self.defaults)
+        self.guard = await guard.tested(lambda request: self.engine.ask(model.name, request), profile, self.defaults)
+        self._guarded = model.name
+        level = logging.INFO if self.guard.works else logging.WARNING
+        log.log(level, "guard against repetition, %s: %s", model.name, self.guard.message)
+
+    async def _is_idle(self, model: OcrModel) -> bool:
+        if self._reading:
+            return False
+        queue = await self.engine.queue(model.name)
+        return queue is None or not (queue.running or queue.waiting)
+
     async def _expire(self) -> None:
         given = self.settings.documents
         before = time.time() - given.keep_days * DAY_SECONDS
@@ -397,7 +435,8 @@ class Service:
             log.warning("document %s: its webhook: %s", document.id, outcome.reason)
         await asyncio.to_thread(self.store.webhook_tried, document.id, None if pause is None else time.time() + pause)
 
-    def _limit(self) -> int:
+    def pages_in_flight(self) -> int:
+        """At most."""
         return self.settings.documents.pages_in_flight or self._in_flight.limit
 
     def _sweep(self) -> None:

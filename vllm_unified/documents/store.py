@@ -168,7 +168,7 @@ class Webhook(msgspec.Struct, frozen=True):
 
 
 class StoreError(DocumentError):
-    """The database can't be read or written now: 503."""
+    """The database can't be read or written now: 503, or 507 on a full disk."""
 
 
 class Store:
@@ -372,6 +372,11 @@ class Store:
             found = {state: count for state, count in connection.execute(counted)}
         return {state: found.get(state, 0) for state in STATES}
 
+    def size(self) -> int:
+        """Bytes of all documents' files together."""
+        with self._transaction() as connection:
+            return connection.scalar(select(func.sum(DOCUMENTS.c.size))) or 0
+
     def ids(self) -> set[str]:
         """Of all documents, to tell which folders belong to none."""
         with self._transaction() as connection:
@@ -483,7 +488,9 @@ class Store:
         except exc.DBAPIError as error:
             log.error("%s: %s", self._path, error.orig)
             message = f"the store of documents can't be used now: {error.orig}; try again later"
-            raise StoreError(503, message, code="store_unavailable", headers={"retry-after": "5"}) from error
+            is_full = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            status, code = (507, "no_space") if is_full else (503, "store_unavailable")
+            raise StoreError(status, message, code=code, headers={"retry-after": "5"}) from error
 
 
 def _open(path: Path) -> Engine:
