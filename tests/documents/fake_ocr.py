@@ -10,7 +10,7 @@ It behaves as these fields say; every one may be left out:
 
     model: name in the metrics (default "ocr")         key: what a client has to send, "" for nothing
     concurrency: requests at a time (default 64)       latency: seconds that each takes (default 0)
-    form: "grounding" (default; DeepSeek-OCR's), "markdown", "ocrflux-json" or "doctags"
+    form: "grounding" (default; DeepSeek-OCR's), "markdown", "ocrflux-json", "doctags", or "table": a page full of it
     cues: list of cues, one for each request in turn, and then none
     pages: {number of a page: list of cues}, one for each request for this page, and then none
     cue: what every other request meets                retry_after: of a 429 or 503 (default "1", "" for none)
@@ -188,7 +188,17 @@ def _doctags(page: int, _: int) -> str:
     )
 
 
-FORMS = {"grounding": _plain, "markdown": _plain, "ocrflux-json": _ocrflux, "doctags": _doctags}
+def _full_of_a_table(page: int, _: int) -> str:
+    return _table(page)
+
+
+FORMS = {
+    "grounding": _plain,
+    "markdown": _plain,
+    "ocrflux-json": _ocrflux,
+    "doctags": _doctags,
+    "table": _full_of_a_table,
+}
 WRONG = {
     "empty": "",
     "malformed": "<|ref|>text<|/ref|><|det|>[[80, 140, __import__('os')]]<|/det|>\nOne.\n\n"
@@ -381,10 +391,11 @@ class _Handler(BaseHTTPRequestHandler):
 def _record(asked: dict[str, Any], on_behalf_of: str) -> dict[str, Any]:
     parts = asked["messages"][-1]["content"]
     prompt = next(part["text"] for part in parts if part["type"] == "text")
-    url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
-    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
-        page, rotation = number_of(image)
-        width, height = image.size
+    page = rotation = width = height = 0
+    for url in (part["image_url"]["url"] for part in parts if part["type"] == "image_url"):
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+            page, rotation = number_of(image)
+            width, height = image.size
     return {
         "page": page,
         "cue": "",
