@@ -247,12 +247,13 @@ def test_figures_stand_where_they_were(client: httpx.Client) -> None:
 
 
 def test_a_table_over_two_pages_is_one(client: httpx.Client, ocr: FakeOcr) -> None:
-    ocr.behave(**BEHAVIOUR, form="table")
+    head = "<tr><td>No.</td><td>Value</td></tr>"
+    rows = ("".join(f"<tr><td>{page}.{row}</td><td>{row}</td></tr>" for row in (1, 2, 3)) for page in (1, 2))
+    ocr.behave(**BEHAVIOUR, texts=dict(enumerate((f"<table>{head}{each}</table>" for each in rows), 1)))
     joined = product(client, read(client, pdf_of(2))).text
     assert joined.count("<table") == 1
     assert joined.count("No.") == 1
-    rows = re.findall(r"<td>(\d\.\d)</td>", joined)
-    assert rows == ["1.1", "1.2", "1.3", "2.1", "2.2", "2.3"]
+    assert re.findall(r"<td>(\d\.\d)</td>", joined) == ["1.1", "1.2", "1.3", "2.1", "2.2", "2.3"]
     apart = product(client, read(client, pdf_of(2), join_pages="false")).text
     assert apart.count("<table") == 2
 

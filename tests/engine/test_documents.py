@@ -60,4 +60,5 @@ def test_an_image_is_read_while_the_client_waits(client: httpx.Client) -> None:
 
 
 def test_status_shows_the_service(demo: Demo) -> None:
-    assert demo.status()["documents"] == {"state": "running", "port": demo.ports["documents"]}
+    documents = demo.status()["documents"]
+    assert (documents["state"], documents["port"]) == ("running", demo.ports["documents"])

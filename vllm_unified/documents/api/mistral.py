@@ -16,7 +16,7 @@ from vllm_unified.documents.api.forms import NO_JSON
 from vllm_unified.documents.api.tasks import require_success, service_of
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
-from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.problems import DocumentError, on_disk
 from vllm_unified.documents.service import Service, Wishes
 from vllm_unified.documents.uploads import Upload
 
@@ -64,7 +64,7 @@ async def read(request: Request, caller: Asking) -> Response:
     """A document at an address, or in it; read before the answer comes."""
     service = service_of(request)
     model = await service.model()
-    async with _on_disk(request, service.incoming) as body, service.decoding:
+    async with _spooled(request, service.incoming) as body, service.decoding:
         asked = _asked(body.read())
         options = msgspec.structs.replace(service.defaults, pages=_from_one(asked.pages))
         upload = await _inside(service, asked.document)
@@ -83,13 +83,14 @@ async def read(request: Request, caller: Asking) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def _on_disk(request: Request, folder: Path) -> AsyncIterator[BinaryIO]:
+async def _spooled(request: Request, folder: Path) -> AsyncIterator[BinaryIO]:
     """The body: of several that come at once, only one is in memory. Raises DocumentError 413."""
     with tempfile.TemporaryFile(dir=folder) as file:
         async for piece in request.stream():
             if file.tell() + len(piece) > LONGEST_BODY:
                 raise DocumentError(413, f"the body is larger than {LONGEST_BODY >> 20} MiB", code="too_large")
-            file.write(piece)
+            with on_disk():
+                file.write(piece)
         file.seek(0)
         yield file
 

@@ -53,7 +53,7 @@ async def read_image(request: Request, caller: Asking) -> Response:
         "raw_text": "\n\n".join(page.raw_text for page in pages),
         "boxes": products.boxes_of(first) if grounded else [],
         "image_dims": {"w": first.width, "h": first.height},
-        "metadata": _metadata(form, task.id),
+        "metadata": _metadata(form, task.id, first),
     }
     return JSONResponse(document)
 
@@ -78,7 +78,7 @@ async def read_pdf(request: Request, caller: Asking) -> Response:
         "success": True,
         "total_pages": len(pages),
         "pages": [_page(page, grounded=grounded) for page in pages],
-        "metadata": _metadata(form, task.id),
+        "metadata": _metadata(form, task.id, pages[0]),
     }
     return JSONResponse(document)
 
@@ -129,7 +129,7 @@ def _wanted(form: Form) -> str:
     return wanted
 
 
-def _metadata(form: Form, task_id: str) -> dict[str, Any]:
+def _metadata(form: Form, task_id: str, first: Page) -> dict[str, Any]:
     options = form.options
     return {
         "mode": options.mode,
@@ -137,6 +137,7 @@ def _metadata(form: Form, task_id: str) -> dict[str, Any]:
         "base_size": options.base_size,
         "image_size": options.image_size,
         "crop_mode": options.crop_mode,
+        "resolution_used": first.resolution_used or None,
         "inference_engine": INFERENCE_ENGINE,
         "task_id": task_id,
         "without_effect": [name for name in WITHOUT_EFFECT if name in form.fields],
