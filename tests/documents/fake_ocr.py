@@ -453,10 +453,11 @@ class _Handler(BaseHTTPRequestHandler):
 def _record(asked: dict[str, Any], on_behalf_of: str) -> dict[str, Any]:
     parts = asked["messages"][-1]["content"]
     prompt = next(part["text"] for part in parts if part["type"] == "text")
-    url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
-    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
-        page, rotation = number_of(image)
-        width, height = image.size
+    page = rotation = width = height = 0
+    for url in (part["image_url"]["url"] for part in parts if part["type"] == "image_url"):
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+            page, rotation = number_of(image)
+            width, height = image.size
     return {
         "page": page,
         "cue": "",

@@ -278,10 +278,16 @@ def test_a_failing_answer_of_a_dying_engine_is_503(deployment: Deployment) -> No
 
 
 def test_what_old_scripts_rely_on(deployment: Deployment, client: httpx.Client) -> None:
-    """KnowFlow's shapes."""
-    assert client.get("/health").json() == {
+    """KnowFlow's shapes, and in /health the words of the OCR applications."""
+    health = client.get("/health").json()
+    assert isinstance(health.pop("timestamp"), float)
+    assert health == {
         "status": "healthy",
         "services": {key: {"status": "healthy", "port": deployment.ports[key], "model": key} for key in FOUR},
+        "model_loaded": True,
+        "inference_engine": "vllm",
+        "vllm_configured": True,
+        "vllm_healthy": True,
     }
     assert client.get("/models").json()["data"][0] == {
         "id": "chat",

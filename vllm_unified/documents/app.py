@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from vllm_unified import __version__
 from vllm_unified.documents.api import mistral, ocrflux, older, tasks
@@ -21,6 +22,7 @@ from vllm_unified.documents.api.openapi import describe
 from vllm_unified.documents.metrics import CONTENT_TYPE
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service
+from vllm_unified.documents.uploads import incomplete
 from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
 
@@ -58,6 +60,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(DocumentError, _answer_document_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(ClientDisconnect, _answer_incomplete)
     app.add_exception_handler(Exception, _answer_exception)
     return app
 
@@ -127,6 +130,11 @@ async def _answer_invalid(_request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     return _error(DocumentError(400, f"{place}: {first['msg']}", code="invalid_value"))
+
+
+async def _answer_incomplete(_request: Request, _left: Exception) -> Response:
+    """Nobody waits for it."""
+    return _error(incomplete())
 
 
 async def _answer_exception(_request: Request, error: Exception) -> Response:

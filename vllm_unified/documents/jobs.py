@@ -425,19 +425,21 @@ class Jobs:
             return self._status(self._add(queued))
 
     async def _cancel(self, document: str) -> Status:
-        await self._give_up(document)
-        was_unfinished = await self._insist(self._store.cancel, document, self._clock())
-        status = await self._ended(document)
+        async with self._accepting:  # no retry begins it anew meanwhile
+            await self._give_up(document)
+            was_unfinished = await self._insist(self._store.cancel, document, self._clock())
+            status = await self._ended(document)
         if not was_unfinished:
             message = f"document {document} is {status.state}; there is nothing to cancel"
             raise DocumentError(409, message, code="document_finished")
         return status
 
     async def _delete(self, document: str) -> None:
-        await self._give_up(document)
-        await self._insist(self._store.cancel, document, self._clock())
-        await self._ended(document)
-        await self._insist(self._store.delete, document)
+        async with self._accepting:
+            await self._give_up(document)
+            await self._insist(self._store.cancel, document, self._clock())
+            await self._ended(document)
+            await self._insist(self._store.delete, document)
 
     async def _give_up(self, document: str) -> None:
         active = self._active.get(document)
@@ -449,10 +451,10 @@ class Jobs:
         await _end(active.tasks)
 
     async def _ended(self, document: str) -> Status:
-        """Its end is stored."""
-        status = _status(await self._insist(self._store.get, document))
+        """Its end is stored, and nothing was awaited since: a retry that is stored next adds it anew."""
         self._active.pop(document, None)
         self._placed_at = -math.inf
+        status = _status(await self._insist(self._store.get, document))
         self._tell(status)
         return status
 

@@ -65,6 +65,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "window_size": (1, 100_000),
 }
 LONGEST_TEXT = 8192
+MOST_TOKENS = 1000
 
 
 def options_in(fields: Mapping[str, str], defaults: Options, known: Collection[str] = ()) -> Options:
@@ -105,6 +106,9 @@ def checked(options: Options) -> Options:
     for name in ("prompt", "find_term", "pages", "password"):
         if len(getattr(options, name)) > LONGEST_TEXT:
             raise _invalid(f"{name} is longer than {LONGEST_TEXT} characters")
+    tokens = options.whitelist_token_ids
+    if len(tokens) > MOST_TOKENS or not all(0 <= token < 1 << 31 for token in tokens):
+        raise _invalid(f"whitelist_token_ids: at most {MOST_TOKENS} numbers of tokens, from 0")
     list(_ranges(options.pages))
     return options
 
@@ -113,7 +117,9 @@ def pages_of(options: Options, total: int) -> list[int]:
     """The numbers of the pages to read, from 1, in order. Raises DocumentError 400 where none is left of `total`."""
     if not options.pages:
         return list(range(1, total + 1))
-    wanted = sorted({n for first, last in _ranges(options.pages) for n in range(first, min(last or total, total) + 1)})
+    wanted: list[int] = []
+    for first, last in sorted((first, last or total) for first, last in _ranges(options.pages)):
+        wanted += range(max(first, wanted[-1] + 1) if wanted else first, min(last, total) + 1)
     if not wanted:
         raise _invalid(f'the document has {total} pages, and none of them is in "{options.pages[:80]}"')
     return wanted

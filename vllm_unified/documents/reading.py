@@ -267,9 +267,10 @@ def request_of(
     image_first: bool = True,
     system: str | None = None,
 ) -> dict[str, Any]:
-    """A chat completion's fields but for the model."""
+    """A chat completion's fields but for the model. `image` may be empty: then it is the prompt alone."""
     url = f"data:{media_type};base64,{base64.b64encode(image).decode('ascii')}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    shown = [{"type": "image_url", "image_url": {"url": url}}] if image else []
+    parts = [*shown, {"type": "text", "text": prompt}]
     said = [] if system is None else [{"role": "system", "content": system}]
     content = parts if image_first else parts[::-1]
     return {"messages": [*said, {"role": "user", "content": content}], **fields}

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -45,6 +46,7 @@ PAGES_AT_ONCE = 100  # of a result, read from the store
 # Answers that a client waits for end with the job, however long that takes; proxies in between may be less patient.
 LONGEST_JOB = 7 * DAY_SECONDS
 INPUT = "input"
+DRAWN = "page.part"  # of a page's image, while the products are written
 RETRY = "POST /api/tasks/{}/retry: what was read stays read"
 
 P = TypeVar("P")
@@ -90,6 +92,7 @@ class Service:
         self._in_flight = InFlight()
         self._reading = 0
         self._fetches = asyncio.Semaphore(FETCHES)
+        self.decoding = asyncio.Lock()  # of what is large in memory meanwhile
         self._beside: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -116,8 +119,33 @@ class Service:
 
         Raises DocumentError for what can't be read or is not allowed, 429 when too much waits, 507 on a full disk.
         """
+        document, _ = await self._submit(upload, key, options, kind, wishes)
+        return document
+
+    async def submit_all(self, uploads: Sequence[Upload], key: str, options: Options, wishes: Wishes) -> list[Document]:
+        """A task for each of several files, or none. Raises DocumentError."""
+        tasks: list[Document] = []
+        added: list[str] = []
+        try:
+            for number, upload in enumerate(uploads):
+                task, is_new = await self._submit(upload, key, options, "pdf", wishes.of(number))
+                tasks.append(task)
+                added += [task.id] if is_new else []  # the others were accepted by an earlier request
+        except DocumentError:
+            for upload in uploads:
+                upload.path.unlink(missing_ok=True)
+            for task_id in added:
+                await self.delete(task_id)
+            raise
+        return tasks
+
+    async def _submit(
+        self, upload: Upload, key: str, options: Options, kind: Literal["image", "pdf"], wishes: Wishes
+    ) -> tuple[Document, bool]:
+        """False: the same was sent before."""
         try:
             self.jobs.check_room(key)
+            _refuse_zip(upload)
             model = await self.model()
             profiles.check(options, model.profile(options))
             inspected = await self.renderer.inspect(upload.path, upload.kind, options.password)
@@ -125,7 +153,7 @@ class Service:
             if wishes.webhook_url:
                 await webhooks.check(wishes.webhook_url, wishes.webhook_secret, allowed=self.allowed)
             accepted = Accepted(
-                id=uuid.uuid4().hex,
+                id=str(uuid.uuid4()),
                 name=upload.name,
                 kind=kind,
                 key=key,
@@ -144,9 +172,10 @@ class Service:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            if document.id != accepted.id:
+            is_new = document.id == accepted.id
+            if not is_new:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-            return document
+            return document, is_new
         finally:
             upload.path.unlink(missing_ok=True)
 
@@ -201,7 +230,7 @@ class Service:
 
     async def delete(self, document: str) -> None:
         await self.jobs.delete(document)
-        await asyncio.to_thread(shutil.rmtree, self.folder_of(document), ignore_errors=True)
+        await asyncio.to_thread(_remove, self.folder_of(document), self.incoming)
 
     async def model(self) -> OcrModel:
         """The model that documents are read with. Raises DocumentError 503."""
@@ -295,8 +324,15 @@ class Service:
 
     async def finish(self, document: Document) -> int:
         loop = asyncio.get_running_loop()
+        given_up = threading.Event()
         with on_disk(RETRY.format(document.id)):
-            return await asyncio.to_thread(self._write_products, document, loop)
+            writing = loop.run_in_executor(None, self._write_products, document, loop, given_up)
+            try:
+                return await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                given_up.set()
+                await asyncio.gather(writing, return_exceptions=True)  # a retry writes the same files
+                raise
 
     async def _with_figures(self, document: Document, page: Page, image: Rendered) -> Page:
         """On a full disk the page has failed: its text stays, and a retry reads it again."""
@@ -312,49 +348,57 @@ class Service:
                 return msgspec.structs.replace(page, reason=str(error))
         return named
 
-    def _write_products(self, document: Document, loop: asyncio.AbstractEventLoop) -> int:
+    def _write_products(self, document: Document, loop: asyncio.AbstractEventLoop, given_up: threading.Event) -> int:
         """In a thread; the pages' images for layout.pdf are drawn again by the renderer of `loop`."""
+
+        def pages() -> Iterator[Page]:
+            for page in self._pages(document.id):
+                if given_up.is_set():
+                    raise _GivenUpError
+                yield page
+
         folder = self.folder_of(document.id)
         path = self._input(document.id)
         kind = _kind(path, document.name)
         options = document.options
 
-        rotations = {page.number: page.rotation for page in self._pages(document.id) if page.rotation}
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        rotations = {page.number: page.rotation for page in pages() if page.rotation}
+        drawn = folder / DRAWN
 
-            def image_of(number: int) -> Path | None:
-                drawing = self.renderer.render(
-                    path,
-                    kind,
-                    number,
-                    dpi=options.dpi,
-                    longest_side=LAYOUT_SIDE,
-                    password=options.password,
-                    rotation=rotations.get(number, 0),
-                )
-                try:
-                    drawn = asyncio.run_coroutine_threadsafe(drawing, loop).result()
-                except DocumentError:  # its reason stands with the page
-                    return None
-                file = Path(scratch) / "page"
-                file.write_bytes(drawn.image)
-                return file
+        def image_of(number: int) -> Path | None:
+            drawing = self.renderer.render(
+                path,
+                kind,
+                number,
+                dpi=options.dpi,
+                longest_side=LAYOUT_SIDE,
+                password=options.password,
+                rotation=rotations.get(number, 0),
+            )
+            try:
+                drawn.write_bytes(asyncio.run_coroutine_threadsafe(drawing, loop).result().image)
+            except DocumentError:  # its reason stands with the page
+                return None
+            return drawn
 
+        try:
             products.write_products(
                 folder,
                 name=document.name,
-                pages=lambda: self._pages(document.id),
-                joined=lambda: self._joined(document),
+                pages=pages,
+                joined=lambda: self._joined(document, pages),
                 formats=options.formats,
                 image_of=image_of,
             )
+        finally:
+            drawn.unlink(missing_ok=True)
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
-    def _joined(self, document: Document) -> Iterator[str]:
+    def _joined(self, document: Document, pages: Callable[[], Iterator[Page]]) -> Iterator[str]:
         """The Markdown of the whole, a comment before each page that something begins on."""
-        repeated = joining.repeated_lines(self._pages(document.id))
+        repeated = joining.repeated_lines(pages())
         parts = joining.joined(
-            self._pages(document.id),
+            pages(),
             running_heads=document.options.running_heads,
             join_pages=document.options.join_pages,
             repeated=repeated,
@@ -456,6 +500,10 @@ class Service:
         return self.folder_of(document) / INPUT
 
 
+class _GivenUpError(Exception):
+    """Nobody waits for the products any more."""
+
+
 async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     while True:
         try:
@@ -474,6 +522,12 @@ def _kind(path: Path, name: str) -> Kind:
         return require_kind(file.read(HEAD_BYTES), name)
 
 
+def _refuse_zip(upload: Upload) -> None:
+    if upload.kind is Kind.ZIP:
+        message = f"{upload.name} is a ZIP; send it to POST /api/ocr/pdf, which makes a task of each file in it"
+        raise DocumentError(415, message, code="unsupported_file")
+
+
 def _move_in(upload: Path, folder: Path) -> None:
     """On the disk, whatever happens to the machine, when this returns."""
     folder.mkdir(mode=0o700)
@@ -484,6 +538,14 @@ def _move_in(upload: Path, folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _remove(folder: Path, aside: Path) -> None:
+    """Moved before: what is still on its way to the disk finds nothing under the old name."""
+    moved = aside / f"deleted-{uuid.uuid4().hex}"
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(moved)
+    shutil.rmtree(moved, ignore_errors=True)
 
 
 def _write_figures(folder: Path, files: dict[str, bytes]) -> None:

@@ -114,7 +114,7 @@ log = logging.getLogger(__name__)
 
 
 class Upload(msgspec.Struct, frozen=True, kw_only=True):
-    """A document as it came. `id`: 32 hex digits. `key`: the name of the API key that sent it. `size` in bytes.
+    """A document as it came. `id`: a UUID. `key`: the name of the API key that sent it. `size` in bytes.
 
     `request_sha256` is of everything that the client asked for; it is compared where `idempotency_key` is not "".
     """

@@ -78,6 +78,7 @@ def _add_health(app: FastAPI, router: Router) -> None:
         served = router.registry.served
         healthy = all(each.ready for each in served)
         status: dict[str, Any] = {"status": "healthy" if healthy else "degraded", "services": _services(served)}
+        status |= _reader(served)
         if router.keys.problem:
             status["keys"] = "config/keys.yaml is wrong, and the keys stay as they were; the router's log says more"
         return JSONResponse(status, 200 if healthy else 503)
@@ -92,6 +93,15 @@ def _services(served: tuple[Served, ...]) -> dict[str, dict[str, Any]]:
         }
         for each in served
     }
+
+
+def _reader(served: tuple[Served, ...]) -> dict[str, Any]:
+    """What scripts of the OCR applications before this one wait for; nothing where no model reads documents."""
+    ready = next((each.ready for each in served if each.model.type == "ocr"), None)
+    if ready is None:
+        return {}
+    words = {"model_loaded": ready, "inference_engine": "vllm", "vllm_configured": True, "vllm_healthy": ready}
+    return {**words, "timestamp": time.time()}
 
 
 def _add_information(app: FastAPI, router: Router) -> None:

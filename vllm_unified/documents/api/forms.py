@@ -1,11 +1,13 @@
 """What a client sends beside its key: files, options, wishes."""
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
 from fastapi import Request
+from starlette.types import Message
 
 from vllm_unified.documents import uploads
 from vllm_unified.documents.api.callers import Caller
@@ -17,8 +19,9 @@ from vllm_unified.documents.uploads import Upload
 
 WISHES = ("webhook_url", "webhook_secret")
 LONGEST_IDEMPOTENCY_KEY = 255
-# With a document in base64 in it where a path takes one.
 LONGEST_JSON = 1 << 20
+# What the decoder says of a body that is not the JSON that is wanted, or is no UTF-8, or is too deep.
+NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Form:
     async def unpacked(self, service: Service) -> uploads.Unpacked:
         """The files, with those in ZIPs in place of the ZIPs. Raises DocumentError 400 where there is none."""
         found, skipped = list(self.files), list[str]()
-        try:
+        with discarded_on_error(found):
             for upload in [each for each in self.files if each.kind is Kind.ZIP]:
                 inside = await asyncio.to_thread(
                     uploads.unpack, upload, service.incoming, max_bytes=service.max_upload_bytes
@@ -53,9 +56,6 @@ class Form:
                 discard([upload])
             if not found:
                 raise DocumentError(400, "the form has no file in it", code="invalid_form")
-        except DocumentError:
-            discard(found)
-            raise
         return uploads.Unpacked(found, skipped)
 
 
@@ -68,15 +68,21 @@ async def received(
     form = await uploads.receive_form(
         request, service.incoming, max_bytes=service.max_upload_bytes, file_fields=file_fields
     )
-    try:
+    with discarded_on_error(form.files):
         return service, _form(request, service, form.fields, tuple(form.files), known)
-    except DocumentError:
-        discard(form.files)
+
+
+@contextlib.contextmanager
+def discarded_on_error(files: Iterable[Upload]) -> Iterator[None]:
+    """Uploads that become no task."""
+    try:
+        yield
+    except BaseException:
+        discard(files)
         raise
 
 
 def discard(files: Iterable[Upload]) -> None:
-    """Uploads that became no task."""
     for upload in files:
         upload.path.unlink(missing_ok=True)
 
@@ -86,10 +92,21 @@ async def json_form(request: Request, known: Collection[str] = ()) -> tuple[Serv
     service: Service = request.app.state.service
     try:
         given = msgspec.json.decode(await small_body(request), type=dict[str, bool | int | str | None])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NO_JSON as error:
         raise DocumentError(400, f"the body is no JSON object of such fields: {error}", code="invalid_json") from None
     fields = {name: str(value) for name, value in given.items() if value is not None}
     return service, _form(request, service, fields, (), known)
+
+
+async def small_form(request: Request) -> dict[str, str]:
+    """The fields of a form of either encoding; none where there is no form. Raises DocumentError 413."""
+    body = await small_body(request)
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    form = await Request(request.scope, receive).form(max_files=0)
+    return {name: value for name, value in form.multi_items() if isinstance(value, str)}
 
 
 async def small_body(request: Request, limit: int = LONGEST_JSON) -> bytes:
@@ -114,8 +131,12 @@ def _form(
     request: Request, service: Service, fields: Mapping[str, str], files: tuple[Upload, ...], known: Collection[str]
 ) -> Form:
     options = options_in(fields, service.defaults, (*WISHES, *known))
+    idempotency_key = request.headers.get("idempotency-key", "")
+    if len(idempotency_key) > LONGEST_IDEMPOTENCY_KEY:
+        message = f"idempotency-key: {len(idempotency_key)} characters; use at most {LONGEST_IDEMPOTENCY_KEY}"
+        raise DocumentError(400, message, code="invalid_value")
     wishes = Wishes(
-        request.headers.get("idempotency-key", "")[:LONGEST_IDEMPOTENCY_KEY],
+        idempotency_key,
         fields.get("webhook_url", "").strip(),
         fields.get("webhook_secret", "").strip(),
     )

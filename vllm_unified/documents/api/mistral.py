@@ -2,22 +2,27 @@
 
 import asyncio
 import base64
-from typing import Any, Literal
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from vllm_unified.documents.api.callers import Asking
-from vllm_unified.documents.api.forms import small_body
+from vllm_unified.documents.api.forms import NO_JSON
 from vllm_unified.documents.api.tasks import require_success, service_of
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
-from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.problems import DocumentError, on_disk
 from vllm_unified.documents.service import Service, Wishes
 from vllm_unified.documents.uploads import Upload
 
-# All of it is in memory at once, with a document in base64 in it; larger ones are sent as forms, or fetched.
+# With a document in base64 in it; larger ones are sent as forms, or fetched.
 LONGEST_BODY = 64 << 20
+LONGEST_LIST = 10_000  # of pages
 
 router = APIRouter()
 
@@ -34,6 +39,12 @@ class Source(msgspec.Struct):
     document_name: str = ""
     image_url: str | ImageUrl = ""
     file_id: str = ""
+
+    @property
+    def url(self) -> str:
+        if self.type == "document_url":
+            return self.document_url
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
 class Asked(msgspec.Struct):
@@ -52,10 +63,12 @@ class Asked(msgspec.Struct):
 async def read(request: Request, caller: Asking) -> Response:
     """A document at an address, or in it; read before the answer comes."""
     service = service_of(request)
-    asked = _asked(await small_body(request, LONGEST_BODY))
     model = await service.model()
-    upload = await _upload(service, asked.document)
-    options = msgspec.structs.replace(service.defaults, pages=_from_one(asked.pages))
+    async with _spooled(request, service.incoming) as body, service.decoding:
+        asked = _asked(body.read())
+        options = msgspec.structs.replace(service.defaults, pages=_from_one(asked.pages))
+        upload = await _inside(service, asked.document)
+    upload = upload or await service.fetched(asked.document.url)
     task = await service.submit(upload, caller.key, options, "pdf", Wishes())
     status = await service.wait(task.id)
     pages = await service.pages(task.id)
@@ -69,32 +82,48 @@ async def read(request: Request, caller: Asking) -> Response:
     return Response(msgspec.json.encode(document), media_type="application/json")
 
 
+@contextlib.asynccontextmanager
+async def _spooled(request: Request, folder: Path) -> AsyncIterator[BinaryIO]:
+    """The body: of several that come at once, only one is in memory. Raises DocumentError 413."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        async for piece in request.stream():
+            if file.tell() + len(piece) > LONGEST_BODY:
+                raise DocumentError(413, f"the body is larger than {LONGEST_BODY >> 20} MiB", code="too_large")
+            with on_disk():
+                file.write(piece)
+        file.seek(0)
+        yield file
+
+
 def _asked(body: bytes) -> Asked:
     try:
         return msgspec.json.decode(body, type=Asked)
     except msgspec.ValidationError as error:
         raise DocumentError(422, str(error), code="invalid_value") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NO_JSON as error:
         raise DocumentError(400, f"the body is not JSON: {error}", code="invalid_json") from None
 
 
-async def _upload(service: Service, source: Source) -> Upload:
+async def _inside(service: Service, source: Source) -> Upload | None:
+    """The document that stands in the body; its text is dropped then. None for one at an address."""
     if source.type == "file":
         message = "document.type: files are not kept here; send the document in document_url, as a data: URL"
         raise DocumentError(400, message, code="invalid_value")
-    image = source.image_url if isinstance(source.image_url, str) else source.image_url.url
-    url = source.document_url if source.type == "document_url" else image
-    if not url:
+    if not source.url:
         raise DocumentError(400, f"document.{source.type} is missing", code="invalid_value")
-    if url[:5].lower() == "data:":
-        return await service.from_base64(url, source.document_name)
-    return await service.fetched(url)
+    if source.url[:5].lower() != "data:":
+        return None
+    upload = await service.from_base64(source.url, source.document_name)
+    source.document_url = source.image_url = ""
+    return upload
 
 
 def _from_one(pages: list[int] | str | None) -> str:
     """Theirs count from 0."""
     if pages is None:
         return ""
+    if len(pages) > LONGEST_LIST:
+        raise DocumentError(400, f"pages: at most {LONGEST_LIST:,} are named; use ranges", code="invalid_value")
     parts = [str(page) for page in pages] if isinstance(pages, list) else pages.split(",")
     try:
         return ",".join("-".join(str(int(number) + 1) for number in part.split("-")) for part in parts)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from vllm_unified.documents.api.callers import Asking
-from vllm_unified.documents.api.forms import Form, flag_in, json_form, received
+from vllm_unified.documents.api.forms import Form, discarded_on_error, flag_in, json_form, received
 from vllm_unified.documents.api.tasks import require_success
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.problems import DocumentError
@@ -25,7 +25,9 @@ async def convert_file(request: Request, caller: Asking) -> Response:
     """A file, as Markdown or text."""
     try:
         service, form = await received(request, caller, ("file",), known=FIELDS)
-        return await _converted(service, form, form.one_file(), caller.key)
+        with discarded_on_error(form.files):
+            upload, options = form.one_file(), _options(form)
+        return await _converted(service, form, upload, options, caller.key)
     except DocumentError as error:
         return _failed(error)
 
@@ -35,21 +37,19 @@ async def convert_url(request: Request, caller: Asking) -> Response:
     """A file that stands at `url`, as Markdown or text."""
     try:
         service, form = await json_form(request, known=FIELDS)
+        options = _options(form)
         upload = await service.fetched(form.fields.get("url", ""))
-        return await _converted(service, form, upload, caller.key)
+        return await _converted(service, form, upload, options, caller.key)
     except DocumentError as error:
         return _failed(error)
 
 
-async def _converted(service: Service, form: Form, upload: Upload, key: str) -> Response:
-    wanted = form.fields.get("output_format", "markdown").strip().lower()
-    if wanted not in OUTPUTS:
-        message = f"output_format: {wanted[:40]!r} is unknown; use markdown or text"
-        raise DocumentError(400, message, code="invalid_value")
-    task = await service.submit(upload, key, _options(form, wanted), "pdf", form.wishes)
+async def _converted(service: Service, form: Form, upload: Upload, options: Options, key: str) -> Response:
+    task = await service.submit(upload, key, options, "pdf", form.wishes)
     status = await service.wait(task.id)
     pages = await service.pages(task.id)
     require_success(status, pages)
+    wanted = _wanted(form)
     content = (service.folder_of(task.id) / OUTPUTS[wanted]).read_text(encoding="utf-8")
     fallback = [page.number for page in pages if page.reason]
     metadata: dict[str, Any] = {
@@ -65,10 +65,18 @@ async def _converted(service: Service, form: Form, upload: Upload, key: str) -> 
     return JSONResponse(answer)
 
 
-def _options(form: Form, wanted: str) -> Options:
-    changes: dict[str, Any] = {"formats": ("text",) if wanted == "text" else ("markdown",)}
+def _wanted(form: Form) -> str:
+    wanted = form.fields.get("output_format", "").strip().lower() or "markdown"
+    if wanted not in OUTPUTS:
+        message = f'output_format: "{wanted[:40]}" is unknown; use markdown or text'
+        raise DocumentError(400, message, code="invalid_value")
+    return wanted
+
+
+def _options(form: Form) -> Options:
+    changes: dict[str, Any] = {"formats": (_wanted(form),)}
     if retries := form.fields.get("max_page_retries", "").strip():
-        if not retries.isdecimal() or int(retries) > 10:
+        if not retries.isdecimal() or len(retries) > 2 or int(retries) > 10:
             raise DocumentError(400, "max_page_retries: use 0 to 10", code="invalid_value")
         changes["retries"] = int(retries)
     if "skip_cross_page_merge" in form.fields:

@@ -13,18 +13,18 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from vllm_unified.documents import products
 from vllm_unified.documents.api.callers import Asking, Caller
-from vllm_unified.documents.api.forms import discard, received
+from vllm_unified.documents.api.forms import received, small_form
 from vllm_unified.documents.jobs import Status
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service
 from vllm_unified.documents.store import Document, State
 
-# Proxies cut a silent connection at 60 to 120 seconds.
-LONGEST_WAIT = 120.0
+# Proxies cut a silent connection, the first of them at 60 seconds.
+LONGEST_WAIT = 50.0
 KEEP_ALIVE_SECONDS = 15.0
 PRODUCT = re.compile(r"result\.(?:md|zip|html|docx|txt)|raw\.json|layout\.pdf|images/page-\d{1,6}-img-\d{1,6}\.jpg")
-# Older clients know four states; a cancelled task has failed for them.
+# As older clients know them. "cancelled" is new to them, and so is the path that leads to it.
 STATES: dict[State, str] = {"queued": "pending"}
 
 Wait = Annotated[float, Query(ge=0, description=f"seconds to wait for the end, at most {LONGEST_WAIT:g}")]
@@ -61,15 +61,7 @@ async def read_pdf(request: Request, caller: Asking, wait: Wait = 0.0) -> Respon
     """A PDF, an image of many pages, or a ZIP of such: read in the background, a task for each file."""
     service, form = await received(request, caller, ("pdf", "file", "files", "image"))
     unpacked = await form.unpacked(service)
-    tasks: list[Document] = []
-    try:
-        for number, upload in enumerate(unpacked.files):
-            tasks.append(await service.submit(upload, caller.key, form.options, "pdf", form.wishes.of(number)))
-    except DocumentError:  # all of them or none
-        discard(unpacked.files)
-        for task in tasks:
-            await service.delete(task.id)
-        raise
+    tasks = await service.submit_all(unpacked.files, caller.key, form.options, form.wishes)
     if wait and len(tasks) == 1:
         status = await service.jobs.wait(tasks[0].id, min(wait, LONGEST_WAIT))
         if status.is_finished:
@@ -96,8 +88,9 @@ async def list_tasks(
     state: State | None = None if status is None else states.get(status, status)  # type: ignore[arg-type]
     key = None if caller.admin else caller.key
     found = await asyncio.to_thread(service.store.documents, key, state, after, limit)
-    entries = [_entry(await service.jobs.status(each.id)) for each in found]
-    return JSONResponse({"tasks": entries, "counts": await asyncio.to_thread(service.store.counts, key)})
+    entries = [await _entry_of(service, each) for each in found]
+    counts = await asyncio.to_thread(service.store.counts, key)
+    return JSONResponse({"tasks": [entry for entry in entries if entry is not None], "counts": counts})
 
 
 @router.get("/api/tasks/{task_id}")
@@ -134,8 +127,8 @@ async def retry_task(request: Request, caller: Asking, task_id: str) -> Response
     """Read again the pages that failed, and no others. The file's `password`, if it has one, is sent again."""
     service = service_of(request)
     await own_document(service, caller, task_id)
-    form = await request.form()
-    status = await service.jobs.retry_failed(task_id, str(form.get("password", "")))
+    form = await small_form(request)
+    status = await service.jobs.retry_failed(task_id, form.get("password", ""))
     return JSONResponse(await task_document(service, status), 202)
 
 
@@ -193,6 +186,16 @@ async def _result(service: Service, task_id: str) -> dict[str, Any]:
         "resolution_used": next((page.resolution_used for page in pages if page.resolution_used), None),
         "pages": [products.raw_page(page) for page in pages],
     }
+
+
+async def _entry_of(service: Service, document: Document) -> dict[str, Any] | None:
+    """None for one that was deleted since it was listed."""
+    try:
+        return _entry(await service.jobs.status(document.id))
+    except DocumentError as error:
+        if error.status == 404:
+            return None
+        raise
 
 
 def _entry(status: Status) -> dict[str, Any]:
@@ -282,10 +285,12 @@ async def own_document(service: Service, caller: Caller, task_id: str) -> Docume
 
 
 def require_success(status: Status, pages: list[Page]) -> None:
-    """Raises DocumentError 502 where nothing came of any page, 409 where somebody cancelled it."""
+    """Raises DocumentError 502 where nothing came of any page, 409 where somebody cancelled or deleted it."""
     if status.state == "cancelled":
         raise DocumentError(409, "the task was cancelled", code="cancelled")
+    if status.state == "succeeded" and not pages:
+        raise DocumentError(409, "the task was deleted before its result was sent", code="deleted")
     if status.state == "failed":
         raise DocumentError(422, status.error, code="unreadable")
-    if pages and all(page.source == "nothing" for page in pages):
+    if all(page.source == "nothing" for page in pages):
         raise DocumentError(502, f"no page could be read: {pages[0].reason}", code="not_read")
