@@ -171,6 +171,7 @@ class Engine:
         EngineError.
         """
         body = msgspec.json.encode({**request, "model": model})
+        del request  # it holds the page's image in base64, which is in the body now
         headers = {b"content-type": b"application/json"}
         if on_behalf_of:
             headers[b"x-on-behalf-of"] = on_behalf_of.encode("utf-8")

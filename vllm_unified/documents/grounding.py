@@ -26,10 +26,13 @@ LABELS |= {"reference", "subtitle", "table", "text", "title"}
 _REF, _REF_END, _DET, _DET_END = "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"
 # Longer than a bra-ket such as <|x|>, which is a text's own.
 _SPECIAL = re.compile(r"<[|｜]/?[\w▁-]{3,64}[|｜]>")
-_FOREIGN_TAG = re.compile(r"[<＜〈][|｜](/?)(ref|det)[|｜][>＞〉]")
+# One as it should be is left alone, as answers have thousands of them.
+_FOREIGN_TAG = re.compile(r"(?!<\|/?(?:ref|det)\|>)[<＜〈][|｜](/?)(ref|det)[|｜][>＞〉]")
 _FOREIGN = "＜〈｜"
 _BRACKETS = str.maketrans("（(［【〔〈〔）)］】〕〉，、．；", "[[[[[[[]]]]]],,.,")
 _COORDINATES = re.compile(r"[\s\d\[\],.+-]*")
+# How nearly all blocks begin, after the first tag: read at once.
+_AS_IT_SHOULD_BE = re.compile(r"([^<]*)<\|/ref\|><\|det\|>(\[[\s\d\[\],.+-]*)<\|/det\|>")
 _NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?")
 _WORD = re.compile(r"\s*[A-Za-z_-]{0,64}")
 # A place that is none is dropped up to this length; what is longer is text that was taken for a place.
@@ -75,6 +78,10 @@ def _parts(raw: str) -> Iterator[_Part]:
     before, *refs = _with_plain_tags(raw).split(_REF)
     yield from _dets("", before)
     for ref in filter(None, refs):
+        whole = _AS_IT_SHOULD_BE.match(ref)
+        if whole and ref.find(_DET, whole.end()) < 0:
+            yield _Part(whole[1], ref[whole.end() :], [_Place(whole[2])])
+            continue
         end, det = ref.find(_REF_END), ref.find(_DET)
         if det >= 0 and not 0 <= end < det:  # never closed
             yield from _dets(ref[:det], ref[det:])
@@ -110,15 +117,15 @@ def _dets(label: str, rest: str) -> Iterator[_Part]:
 
 def _det(det: str) -> tuple[str, _Place, str]:
     """The label in a det, which some models write there; what stands for its boxes; and the text after it."""
-    narrow = det.translate(_BRACKETS)
+    closed = det.find(_DET_END)
+    narrow = (det if closed < 0 else det[:closed]).translate(_BRACKETS)
     word = _match(_WORD, narrow, 0)
     coordinates = _match(_COORDINATES, narrow, len(word))
     end = len(word) + len(coordinates)
     is_list = coordinates.lstrip().startswith("[")
     label = word.strip() if is_list else ""
-    if (is_list or not word.strip()) and det.startswith(_DET_END, end):
+    if (is_list or not word.strip()) and end == closed:
         return label, _Place(coordinates), det[end + len(_DET_END) :]
-    closed = det.find(_DET_END)
     if is_list and 0 <= closed <= _LONGEST_ODD:
         return label, _Place(_ODD), det[closed + len(_DET_END) :]
     if not is_list:
@@ -151,7 +158,8 @@ def _blocks(part: _Part, boxes: tuple[Box, ...]) -> Iterator[Block]:
         if not text:
             return
         label, boxes = "text", ()
-    pieces = [(piece.strip(), is_table) for piece, is_table in around_tables(text) if piece.strip()]
+    found = around_tables(text) if "<" in text else ()
+    pieces = [(piece.strip(), is_table) for piece, is_table in found if piece.strip()]
     if any(is_table for _, is_table in pieces):
         yield from _around_tables(label, pieces, boxes)
     elif text or boxes:
@@ -197,7 +205,7 @@ def _label(label: str) -> str:
 
 
 def _cleaned(text: str) -> str:
-    if "<" in text:
+    if "<|" in text or "<｜" in text:
         text = _SPECIAL.sub("", text)
     return text.strip()
 
@@ -251,7 +259,7 @@ class _Boxes:
     def _corners(self, lists: list[str]) -> Iterator[tuple[float, float, float, float]]:
         """x1, y1, x2, y2 of each list of four numbers, or of each two that are points."""
         point: list[float] = []
-        for each in lists:
+        for each in filter(None, lists):
             numbers = [float(number) for number in _NUMBER.findall(each, each.rfind("[") + 1)]
             if len(numbers) == 2:
                 numbers = point + numbers

@@ -1,0 +1,323 @@
+"""What is measured. Each measure brings what it needs and gives figures; what they have to be is in report.py."""
+
+import base64
+import contextlib
+import gc
+import io
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pypdfium2
+
+from benchmarks.documents.papers import A4, A6, write_pdf
+from benchmarks.documents.programs import Engine, Service, engine, load_average, percentile, repeatedly, service
+from benchmarks.router.programs import BenchmarkError
+from tests.documents import fake_ocr
+from vllm_unified.documents.grounding import grounded
+
+Figures = dict[str, Any]
+
+PROMPT = "<image>\n<|grounding|>Convert the document to markdown."
+SCALE = 2.0  # 144 dpi
+RSS_SECONDS, HEALTH_SECONDS = 0.2, 0.05
+SETTLE_SECONDS = 1.0  # for requests that are on their way to the engine
+FORMATS = "html,docx,text"
+PRODUCTS = ("result.md", "raw.json", "layout.pdf", "result.html", "result.docx", "result.txt", "result.zip")
+# What no model should write, over and over.
+HOSTILE = {
+    "refs that never close": "<|ref|>",
+    "dets that never close": "<|det|> ",
+    "empty blocks": "<|ref|>a<|/ref|><|det|>",
+    "tags cut in half": "<|ref",
+    "brackets": "[",
+    "boxes": "[1,2,300,400],",
+    "digits": "9",
+    "tables in tables": "<table>",
+    "full-width tags": "〈｜",
+}
+DET = "<|ref|>text<|/ref|><|det|>[["
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured. `latency` and `concurrency` are the engine's."""
+
+    rounds: int = 3
+    latency: float = 1.0
+    concurrency: int = 16
+    pages: int = 480
+    pages_one_at_a_time: int = 15
+    documents: tuple[int, ...] = (350, 700, 1400, 2800)
+    text_bytes: tuple[int, ...] = (250_000, 500_000, 1_000_000, 2_000_000)
+    text_rounds: int = 5
+    pages_under_kills: int = 300
+    kills: int = 4
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    rounds=1,
+    latency=0.1,
+    concurrency=4,
+    pages=12,
+    pages_one_at_a_time=2,
+    documents=(6, 12),
+    text_bytes=(50_000, 100_000),
+    text_rounds=1,
+    pages_under_kills=12,
+    kills=1,
+)
+
+
+@contextlib.contextmanager
+def deployment(folder: Path) -> Iterator[tuple[Engine, Service]]:
+    with engine(folder) as ocr, service(folder / "home", ocr) as documents:
+        yield ocr, documents
+
+
+# --- pages a second ---
+
+
+def throughput(folder: Path, sizes: Sizes) -> Figures:
+    """The engine alone, the service, and one page at a time, in turn, with one document of A4 pages."""
+    pdf = write_pdf(folder / "long.pdf", sizes.pages, A4)
+    few = write_pdf(folder / "short.pdf", sizes.pages_one_at_a_time, A4)
+    with deployment(folder) as (ocr, documents):
+        # The first document after a start: how many pages keep the engine busy is found out with it.
+        first = service_rate(ocr, documents, pdf, sizes)["pages_per_second"]
+        rounds = [
+            {
+                "load": load_average(),
+                "engine": engine_rate(ocr, pdf, sizes),
+                **service_rate(ocr, documents, pdf, sizes),
+                "one_at_a_time": rate_of_one_at_a_time(ocr, few, sizes),
+            }
+            for _ in range(sizes.rounds)
+        ]
+    return {
+        "rounds": rounds,
+        "first": first,
+        **{name: statistics.median(each[name] for each in rounds) for name in rounds[0]},
+        "ratio": statistics.median(each["pages_per_second"] / each["engine"] for each in rounds),
+        "ratio_of_one_at_a_time": statistics.median(each["one_at_a_time"] / each["engine"] for each in rounds),
+        "ratio_of_first": first / statistics.median(each["engine"] for each in rounds),
+    }
+
+
+def engine_rate(ocr: Engine, pdf: Path, sizes: Sizes) -> float:
+    """With twice as many requests as it takes at a time, whose pages were drawn before."""
+    ocr.behave(latency=sizes.latency, concurrency=sizes.concurrency)
+    with contextlib.closing(pypdfium2.PdfDocument(pdf)) as opened:
+        body = request_of(opened[0])
+    connections = 2 * sizes.concurrency
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    with httpx.Client(base_url=ocr.url, timeout=60, limits=limits) as client, ThreadPoolExecutor(connections) as pool:
+        began = time.monotonic()
+        for answer in pool.map(lambda _: client.post("/v1/chat/completions", json=body), range(sizes.pages)):
+            answer.raise_for_status()
+    return ocr.pages_per_second(sizes.pages, began)
+
+
+def service_rate(ocr: Engine, documents: Service, pdf: Path, sizes: Sizes) -> Figures:
+    """From before the upload to the last page's answer; the products are not waited for."""
+    ocr.behave(latency=sizes.latency, concurrency=sizes.concurrency)
+    cpu = documents.server.cpu_seconds()
+    began = time.monotonic()
+    task = documents.send(pdf)
+    documents.wait_for_pages(task, sizes.pages)
+    spent = documents.server.cpu_seconds() - cpu
+    documents.delete(task)
+    return {
+        "pages_per_second": ocr.pages_per_second(sizes.pages, began),
+        "most_waiting": ocr.seen()["most_waiting"],
+        "cpu_ms_a_page": 1000 * spent / sizes.pages,
+    }
+
+
+def rate_of_one_at_a_time(ocr: Engine, pdf: Path, sizes: Sizes) -> float:
+    """As the applications before did it: draw a page, ask, wait, draw the next."""
+    ocr.behave(latency=sizes.latency, concurrency=sizes.concurrency)
+    with (
+        httpx.Client(base_url=ocr.url, timeout=60) as client,
+        contextlib.closing(pypdfium2.PdfDocument(pdf)) as opened,
+    ):
+        began = time.monotonic()
+        for page in opened:
+            client.post("/v1/chat/completions", json=request_of(page)).raise_for_status()
+    return ocr.pages_per_second(sizes.pages_one_at_a_time, began)
+
+
+def request_of(page: pypdfium2.PdfPage) -> dict[str, Any]:
+    drawn = io.BytesIO()
+    page.render(scale=SCALE).to_pil().convert("RGB").save(drawn, "JPEG", quality=92)
+    url = f"data:image/jpeg;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": PROMPT}]
+    return {"model": "deepseek-ocr", "messages": [{"role": "user", "content": content}]}
+
+
+# --- long documents: memory, time, health ---
+
+
+def long_documents(folder: Path, sizes: Sizes) -> Figures:
+    """One after the other through one service, on an engine so fast that the time is the service's own."""
+    with deployment(folder) as (ocr, documents):
+        ocr.behave(latency=0.01, concurrency=8)
+        found = [
+            _long_document(documents, write_pdf(folder / "long.pdf", pages, A6), pages) for pages in sizes.documents
+        ]
+    return {"documents": found}
+
+
+def _long_document(documents: Service, pdf: Path, pages: int) -> Figures:
+    watch = Watch(documents)
+    load = load_average()
+    with watch.watching():
+        began = time.monotonic()
+        task = documents.send(pdf, formats=FORMATS)
+        documents.wait_for_pages(task, pages)
+        read = time.monotonic()
+        while_read, watch.rss = watch.rss, []
+        documents.wait_for_end(task)
+        ended = time.monotonic()
+        product_bytes = _fetch_products(documents, task, pages)
+    documents.delete(task)
+    return {
+        "pages": pages,
+        "load": load,
+        "read_seconds": read - began,
+        "product_seconds": ended - read,
+        "product_mb": product_bytes / 1e6,
+        "rss_mb_while_read": max(own for own, _ in while_read),
+        "rss_mb_after": max(own for own, _ in watch.rss),
+        "rss_mb_with_renderers": max(both for _, both in while_read + watch.rss),
+        "health_ms": watch.health_ms(),
+    }
+
+
+class Watch:
+    """Memory and /health of a service, looked at all along."""
+
+    def __init__(self, documents: Service) -> None:
+        self._documents = documents
+        self._seconds: list[float] = []
+        self.rss: list[tuple[float, float]] = []
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        with self._documents.client() as client:
+
+            def ask() -> None:
+                began = time.perf_counter()
+                client.get("/health").raise_for_status()
+                self._seconds.append(time.perf_counter() - began)
+
+            with repeatedly((self._look, RSS_SECONDS), (ask, HEALTH_SECONDS)):
+                yield
+        self._look()
+
+    def _look(self) -> None:
+        self.rss.append(self._documents.rss_mb())
+
+    def health_ms(self) -> Figures:
+        seconds = self._seconds or [0.0]
+        shares = {"median": 0.5, "p99": 0.99, "longest": 1.0}
+        found = {name: 1000 * percentile(seconds, share) for name, share in shares.items()}
+        return {"asked": len(self._seconds), **found}
+
+
+def _fetch_products(documents: Service, task: str, pages: int) -> int:
+    """All of them, and the task as its clients see it; bytes of the files together."""
+    if len(documents.task(task)["result"]["pages"]) != pages:
+        raise BenchmarkError(f"the result of {pages} pages has another number of them")
+    size = 0
+    with documents.client() as client:
+        for name in PRODUCTS:
+            with client.stream("GET", f"/api/tasks/{task}/download/{name}") as answer:
+                answer.raise_for_status()
+                size += sum(len(piece) for piece in answer.iter_bytes(1 << 20))
+    return size
+
+
+# --- grounding ---
+
+
+def grounding(_: Path, sizes: Sizes) -> Figures:
+    """Milliseconds for answers of so many bytes, the least of some rounds: of DeepSeek-OCR's form, and hostile ones."""
+    load = load_average()
+    answers = {"DeepSeek-OCR's form": _true_answer}
+    for name, part in HOSTILE.items():
+        answers[name] = partial(_repeated, "", part)
+        answers[f"{name}, in a det"] = partial(_repeated, DET, part)
+    return {
+        "load": load,
+        "ms": {
+            name: {size: _grounding_ms(of(size), sizes) for size in sizes.text_bytes} for name, of in answers.items()
+        },
+    }
+
+
+def _true_answer(size: int) -> str:
+    """Of many pages in a row: 130 bytes a block, in English and Chinese."""
+    answers, length = [], 0
+    for page in itertools.cycle(range(1, 1000)):
+        answers.append(fake_ocr.answer("grounding", "markdown", page, ""))
+        length += len(answers[-1].encode())
+        if length >= size:
+            break
+    return "".join(answers)
+
+
+def _repeated(before: str, part: str, size: int) -> str:
+    return before + part * (size // len(part.encode()))
+
+
+def _grounding_ms(text: str, sizes: Sizes) -> float:
+    def seconds() -> float:
+        gc.collect()
+        began = time.perf_counter()
+        grounded(text, 1200, 1700)
+        return time.perf_counter() - began
+
+    return 1000 * min(seconds() for _ in range(sizes.text_rounds))
+
+
+# --- kills ---
+
+
+def kills(folder: Path, sizes: Sizes) -> Figures:
+    """SIGKILL in the middle of the pages, again and again, and at last while the products are written."""
+    pages = sizes.pages_under_kills
+    pdf = write_pdf(folder / "killed.pdf", pages, A6)
+    task, on_disk, asked_by_then = "", list[set[int]](), list[int]()
+    load = load_average()
+    with engine(folder) as ocr:
+        ocr.behave(latency=0.1, concurrency=8)
+        for number in range(1, sizes.kills + 2):
+            with service(folder / "home", ocr) as documents:
+                task = task or documents.send(pdf, formats=FORMATS)
+                documents.wait_for_pages(task, pages * number // (sizes.kills + 1))
+                documents.kill()
+                on_disk.append(documents.pages_on_the_disk())
+            time.sleep(SETTLE_SECONDS)
+            asked_by_then.append(len(ocr.seen()["requests"]))
+        with service(folder / "home", ocr) as documents:
+            documents.wait_for_end(task)
+            _fetch_products(documents, task, pages)
+        asked = [each["page"] for each in ocr.seen()["requests"]]
+    again = [page for begin, read in zip(asked_by_then, on_disk, strict=True) for page in asked[begin:] if page in read]
+    return {
+        "load": load,
+        "pages": pages,
+        "pages_read_at_each_kill": [len(read) for read in on_disk],
+        "requests": len(asked),
+        "pages_never_asked_for": pages - len(set(asked)),
+        "pages_read_twice": len(set(again)),
+    }
