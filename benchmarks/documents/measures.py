@@ -168,16 +168,17 @@ def request_of(page: pypdfium2.PdfPage) -> dict[str, Any]:
 
 def long_documents(folder: Path, sizes: Sizes) -> Figures:
     """One after the other through one service, on an engine so fast that the time is the service's own."""
-    with deployment(folder) as (ocr, documents):
+    (folder / "idle").mkdir()
+    with engine(folder / "idle") as idle, deployment(folder) as (ocr, documents):
         ocr.behave(latency=0.01, concurrency=8)
         found = [
-            _long_document(documents, write_pdf(folder / "long.pdf", pages, A6), pages) for pages in sizes.documents
+            _long_document(documents, Watch(documents, idle), write_pdf(folder / "long.pdf", pages, A6), pages)
+            for pages in sizes.documents
         ]
     return {"documents": found}
 
 
-def _long_document(documents: Service, pdf: Path, pages: int) -> Figures:
-    watch = Watch(documents)
+def _long_document(documents: Service, watch: "Watch", pdf: Path, pages: int) -> Figures:
     load = load_average()
     with watch.watching():
         began = time.monotonic()
@@ -198,39 +199,49 @@ def _long_document(documents: Service, pdf: Path, pages: int) -> Figures:
         "rss_mb_while_read": max(own for own, _ in while_read),
         "rss_mb_after": max(own for own, _ in watch.rss),
         "rss_mb_with_renderers": max(both for _, both in while_read + watch.rss),
-        "health_ms": watch.health_ms(),
+        "health_ms": watch.health_ms,
+        "idle_ms": watch.idle_ms,
     }
 
 
 class Watch:
-    """Memory and /health of a service, looked at all along."""
+    """Memory and /health of a service, looked at all along.
 
-    def __init__(self, documents: Service) -> None:
+    `idle`: a server that has nothing to do. What its /health takes at the same time is the machine's and ours.
+    """
+
+    def __init__(self, documents: Service, idle: Engine) -> None:
         self._documents = documents
-        self._seconds: list[float] = []
+        self._idle = idle
         self.rss: list[tuple[float, float]] = []
+        self.health_ms: Figures = {}
+        self.idle_ms: Figures = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        with self._documents.client() as client:
-
-            def ask() -> None:
-                began = time.perf_counter()
-                client.get("/health").raise_for_status()
-                self._seconds.append(time.perf_counter() - began)
-
-            with repeatedly((self._look, RSS_SECONDS), (ask, HEALTH_SECONDS)):
+        of_service, of_idle = list[float](), list[float]()
+        with self._documents.client() as client, httpx.Client(base_url=self._idle.url) as other:
+            asking = partial(_ask_health, client, of_service), partial(_ask_health, other, of_idle)
+            with repeatedly((self._look, RSS_SECONDS), *((ask, HEALTH_SECONDS) for ask in asking)):
                 yield
         self._look()
+        self.health_ms, self.idle_ms = _shares_of(of_service), _shares_of(of_idle)
 
     def _look(self) -> None:
         self.rss.append(self._documents.rss_mb())
 
-    def health_ms(self) -> Figures:
-        seconds = self._seconds or [0.0]
-        shares = {"median": 0.5, "p99": 0.99, "longest": 1.0}
-        found = {name: 1000 * percentile(seconds, share) for name, share in shares.items()}
-        return {"asked": len(self._seconds), **found}
+
+def _ask_health(client: httpx.Client, milliseconds: list[float]) -> None:
+    began = time.perf_counter()
+    client.get("/health").raise_for_status()
+    milliseconds.append(1000 * (time.perf_counter() - began))
+
+
+def _shares_of(milliseconds: list[float]) -> Figures:
+    shares = {"median": 0.5, "p99": 0.99, "longest": 1.0}
+    return {name: percentile(milliseconds or [0.0], share) for name, share in shares.items()} | {
+        "asked": len(milliseconds)
+    }
 
 
 def _fetch_products(documents: Service, task: str, pages: int) -> int:

@@ -65,12 +65,18 @@ def _throughput_bars(figures: Figures) -> Iterator[Bar]:
 
 def _documents(figures: Figures) -> str:
     head = ["pages", "read, s", "ms a page", "products, s", "ms a page", "products, MB"]
-    head += ["RSS while read, MB", "RSS after, MB", "with renderers, MB", "/health median / 99th / longest, ms", "load"]
+    head += [
+        "RSS while read, MB",
+        "RSS after, MB",
+        "with renderers, MB",
+        "/health median / 99th / longest, ms",
+        "of an idle server, ms",
+        "load",
+    ]
     return _table(head, [_document_row(each) for each in figures["documents"]])
 
 
 def _document_row(each: Figures) -> list[str]:
-    health = each["health_ms"]
     return [
         f"{each['pages']:,}",
         f"{each['read_seconds']:.1f}",
@@ -81,7 +87,10 @@ def _document_row(each: Figures) -> list[str]:
         f"{each['rss_mb_while_read']:.0f}",
         f"{each['rss_mb_after']:.0f}",
         f"{each['rss_mb_with_renderers']:.0f}",
-        f"{health['median']:.1f} / {health['p99']:.1f} / {health['longest']:.1f}",
+        *(
+            f"{asked['median']:.1f} / {asked['p99']:.1f} / {asked['longest']:.1f}"
+            for asked in (each["health_ms"], each["idle_ms"])
+        ),
         f"{each['load']:.2f}",
     ]
 
@@ -93,7 +102,9 @@ def _documents_bars(figures: Figures) -> Iterator[Bar]:
     for what, name in (("reading", "read_seconds"), ("products", "product_seconds")):
         yield _growth(f"{what}: time a page, most pages to fewest", {each["pages"]: each[name] for each in documents})
     p99 = max(each["health_ms"]["p99"] for each in documents)
-    yield Bar("/health, 99th, ms", f"{p99:.1f}", f"< {MOST_HEALTH_MS:.0f}", p99 < MOST_HEALTH_MS)
+    idle = max(each["idle_ms"]["p99"] for each in documents)
+    what = f"/health, 99th, ms (that of an idle server: {idle:.1f})"
+    yield Bar(what, f"{p99:.1f}", f"< {MOST_HEALTH_MS:.0f}", p99 < MOST_HEALTH_MS)
 
 
 def _growth(what: str, seconds: dict[int, float]) -> Bar:

@@ -65,7 +65,7 @@ def documents(pages: int = 100, **figures: Any) -> dict[str, Any]:
         "rss_mb_while_read": 100,
         "rss_mb_after": 120,
     }
-    return {"pages": pages, "health_ms": {"p99": 10.0}, **measured, **figures}
+    return {"pages": pages, "health_ms": {"p99": 10.0}, "idle_ms": {"p99": 1.0}, **measured, **figures}
 
 
 def kills(**figures: int) -> dict[str, int]:

@@ -142,6 +142,11 @@ class Engine:
     async def aclose(self) -> None:
         await self._client.aclose()
 
+    @property
+    def found(self) -> OcrModel | None:
+        """By the last `find`."""
+        return self._found
+
     async def find(self) -> OcrModel | None:
         """As it was FOUND_SECONDS ago or later: a reload may name another. None: there is none, or no router."""
         if time.monotonic() - self._found_at > FOUND_SECONDS:
