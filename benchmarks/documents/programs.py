@@ -83,11 +83,6 @@ class Service:
             task: str = answer.json()["task_id"]
             return task
 
-    def task(self, task: str) -> dict[str, Any]:
-        with self.client() as client:
-            document: dict[str, Any] = client.get(f"/api/tasks/{task}").raise_for_status().json()
-            return document
-
     def delete(self, task: str) -> None:
         with self.client() as client:
             client.delete(f"/api/tasks/{task}").raise_for_status()

@@ -28,11 +28,12 @@ _REF, _REF_END, _DET, _DET_END = "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"
 _SPECIAL = re.compile(r"<[|｜]/?[\w▁-]{3,64}[|｜]>")
 # One as it should be is left alone, as answers have thousands of them.
 _FOREIGN_TAG = re.compile(r"(?!<\|/?(?:ref|det)\|>)[<＜〈][|｜](/?)(ref|det)[|｜][>＞〉]")
-_FOREIGN = "＜〈｜"
+# Without one of these there is no such tag. DeepSeek-OCR's own end of an answer has a full-width bar too.
+_FOREIGN = ("＜", "〈", "<｜ref", "<｜/ref", "<｜det", "<｜/det", "ref｜", "det｜")
 _BRACKETS = str.maketrans("（(［【〔〈〔）)］】〕〉，、．；", "[[[[[[[]]]]]],,.,")
 _COORDINATES = re.compile(r"[\s\d\[\],.+-]*")
 # How nearly all blocks begin, after the first tag: read at once.
-_AS_IT_SHOULD_BE = re.compile(r"([^<]*)<\|/ref\|><\|det\|>(\[[\s\d\[\],.+-]*)<\|/det\|>")
+_AS_IT_SHOULD_BE = re.compile(r"([^<]*)<\|/ref\|><\|det\|>(\[[0-9\[\], .-]*)<\|/det\|>")
 _NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?")
 _WORD = re.compile(r"\s*[A-Za-z_-]{0,64}")
 # A place that is none is dropped up to this length; what is longer is text that was taken for a place.
@@ -93,7 +94,7 @@ def _parts(raw: str) -> Iterator[_Part]:
 
 def _with_plain_tags(raw: str) -> str:
     """Without full-width forms of the four tags, and without the beginning of one at the end."""
-    if any(char in raw for char in _FOREIGN):
+    if any(sign in raw for sign in _FOREIGN):
         raw = _FOREIGN_TAG.sub(r"<|\1\2|>", raw)
     last = raw.rfind("<")
     is_cut = last >= 0 and any(tag.startswith(raw[last:]) for tag in (_REF, _REF_END, _DET, _DET_END))
@@ -158,11 +159,12 @@ def _blocks(part: _Part, boxes: tuple[Box, ...]) -> Iterator[Block]:
         if not text:
             return
         label, boxes = "text", ()
-    found = around_tables(text) if "<" in text else ()
-    pieces = [(piece.strip(), is_table) for piece, is_table in found if piece.strip()]
-    if any(is_table for _, is_table in pieces):
-        yield from _around_tables(label, pieces, boxes)
-    elif text or boxes:
+    if "<" in text:
+        pieces = [(piece.strip(), is_table) for piece, is_table in around_tables(text) if piece.strip()]
+        if any(is_table for _, is_table in pieces):
+            yield from _around_tables(label, pieces, boxes)
+            return
+    if text or boxes:
         yield Block(label=label, text=text, boxes=boxes)
 
 
@@ -222,6 +224,9 @@ class _Boxes:
     too_many: bool = False
 
     def read(self, places: list[_Place]) -> tuple[Box, ...]:
+        if places and not self.left:
+            self.too_many = True
+            return ()
         return tuple(box for place in places for box in self._of_place(place))
 
     def warnings(self) -> tuple[str, ...]:
@@ -282,4 +287,5 @@ class _Boxes:
 
 
 def _pixel(value: float, side: int) -> int:
-    return round(min(max(value, 0.0), SCALE) / SCALE * side)
+    within = value if 0.0 <= value <= SCALE else min(max(value, 0.0), SCALE)
+    return round(within / SCALE * side)
