@@ -9,8 +9,8 @@ LEAST_RATIO = 0.95
 MOST_RSS_MB = 400.0
 MOST_HEALTH_MS = 50.0
 MOST_GROUNDING_MS = 50.0
-# Of what a page, or a byte, takes in the largest to what it takes in the smallest.
-MOST_GROWTH = 1.25
+# Of what a page, or a byte, takes in the largest to what it takes in the smallest, which is an eighth of it.
+MOST_GROWTH = 1.5
 LEAST_GROUNDING_MS = 10.0  # of the largest; what takes less is noise
 MEGABYTE = 1_000_000
 
