@@ -1,6 +1,6 @@
 """Train the demonstration's chat and OCR models, evaluate them, and save into demo/ those that pass.
 
-Runs on two CPU cores in under two hours a model. Stopped and started again it goes on where it was.
+Runs on two CPU cores, about two hours a model. Stopped and started again it goes on where it was.
 
     .venv/bin/python scripts/train_demo_models.py chat
     .venv/bin/python scripts/train_demo_models.py ocr

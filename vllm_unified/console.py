@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vllm_unified import state
+from vllm_unified import loopback, state
 from vllm_unified.devices import GIB, Device
 from vllm_unified.engines.memory import Need
 from vllm_unified.engines.placement import Placed, Plan
@@ -36,6 +36,7 @@ STYLES = {
 }
 REFRESH_SECONDS = 0.5
 WATCH_SECONDS = 1.0
+GUARD_SECONDS = 2.0
 BAR_COLUMNS = 48
 BAR_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 HOPELESS_AFTER_RESTARTS = 2
@@ -195,11 +196,13 @@ def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:
 @dataclass(frozen=True)
 class Status:
     """The deployment at one moment. `router`, `documents`: their processes as supervisord sees them; None without a
-    supervisord, and for a service that the settings do not want."""
+    supervisord, and for a service that the settings do not want. `guard`: what the service found of the engine's guard
+    against repetition; None where it says nothing."""
 
     settings: Settings
     router: str | None
     documents: str | None
+    guard: Mapping[str, Any] | None
     rows: Sequence[Row]
     usage: Mapping[str, Usage]
 
@@ -208,8 +211,9 @@ class Status:
         running = programs(settings.run)
         router = None if running is None else _phase(running, "router")
         documents = _phase(running, "documents") if running is not None and settings.reads_documents else None
+        guard = guard_of(settings) if documents == "running" else None
         found = rows(settings)
-        return cls(settings, router, documents, found, usage_of_all(settings, [row.state for row in found]))
+        return cls(settings, router, documents, guard, found, usage_of_all(settings, [row.state for row in found]))
 
     @property
     def others(self) -> list[tuple[Model, str]]:
@@ -226,9 +230,11 @@ class Status:
         if self.router is None:
             return "not running; start it with ./deploy.sh start"
         models = state_table(self.rows, self.usage, self.others)
-        lines = [f"router    {self.settings.router_url}    {self.router}"]
+        lines: list[RenderableType] = [f"router    {self.settings.router_url}    {self.router}"]
         if self.documents is not None:
             lines.append(f"documents {self.settings.documents_url}    {self.documents}")
+        if self.guard is not None and self.guard["works"] is False:
+            lines.append(Text(f"          guard against repetition: {self.guard['message']}", style="yellow"))
         return Group(*lines, models)
 
     def document(self) -> dict[str, Any]:
@@ -238,12 +244,26 @@ class Status:
             "config": str(self.settings.file),
             "ready": self.ready,
             "router": {"state": self.router or "stopped", "port": self.settings.router.port},
-            "documents": {"state": self.documents or "stopped", "port": self.settings.documents.port},
+            "documents": {
+                "state": self.documents or "stopped",
+                "port": self.settings.documents.port,
+                "repetition_guard": self.guard,
+            },
             "models": {
                 **{row.model.key: _document_of(row, self.usage[row.model.key]) for row in self.rows},
                 **{model.key: {**_said_of(model), "state": word} for model, word in self.others},
             },
         }
+
+
+def guard_of(settings: Settings) -> Mapping[str, Any] | None:
+    """What the document service found of the guard against repetition: `works` and `message`; None: it does not say."""
+    try:
+        _, said = loopback.get(f"{settings.documents_url}/health", timeout=GUARD_SECONDS)
+        found: Mapping[str, Any] = json.loads(said)["repetition_guard"]
+        return {"works": found["works"], "message": found["message"]}
+    except (OSError, ValueError, KeyError, TypeError):  # it starts, or something else has its port
+        return None
 
 
 def _phase(running: Mapping[str, Any], program: str) -> str:

@@ -129,16 +129,13 @@ def engine_rate(ocr: Engine, pdf: Path, sizes: Sizes) -> float:
 def service_rate(ocr: Engine, documents: Service, pdf: Path, sizes: Sizes) -> Figures:
     """From before the upload to the last page's answer; the products are not waited for."""
     ocr.behave(latency=sizes.latency, concurrency=sizes.concurrency)
-    cpu = documents.server.cpu_seconds()
     began = time.monotonic()
     task = documents.send(pdf)
     documents.wait_for_pages(task, sizes.pages)
-    spent = documents.server.cpu_seconds() - cpu
     documents.delete(task)
     return {
         "pages_per_second": ocr.pages_per_second(sizes.pages, began),
         "most_waiting": ocr.seen()["most_waiting"],
-        "cpu_ms_a_page": 1000 * spent / sizes.pages,
     }
 
 

@@ -50,8 +50,7 @@ def _throughput(figures: Figures) -> str:
     loads = ", ".join(f"{each['load']:.2f}" for each in figures["rounds"])
     return (
         f"{_table(['', 'pages/s', 'to the engine'], rows)}\n\n"
-        f"{figures['cpu_ms_a_page']:.0f} ms of CPU a page, in all processes of the service; at most "
-        f"{figures['most_waiting']:.0f} pages waited in the engine. Load before each round: {loads}."
+        f"At most {figures['most_waiting']:.0f} pages waited in the engine. Load before each round: {loads}."
     )
 
 

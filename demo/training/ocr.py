@@ -33,6 +33,7 @@ SEED = 20260101
 LARGEST_ERROR = 0.02
 HELD_OUT_SEED = 10**9
 HELD_OUT_PAGES = 100
+SHORT_LINES = 6
 
 CARD = Path(__file__).with_name("ocr.card.md")
 
@@ -481,7 +482,7 @@ def train(work: Path, share: float = 1.0) -> "Trained":
         partial(_reading_loss, reader, 150_000, 8, rows=8, pointers=0.5, letters=0.5),
         rate=2.5e-3,
     )
-    training.stage("pages", 1600, partial(_reading_loss, reader, 200_000, 2, rows=GRID, letters=0.2), rate=2e-3)
+    training.stage("pages", 2200, partial(_reading_loss, reader, 200_000, 2, rows=GRID, letters=0.2), rate=2e-3)
     return Trained(reader, math.ceil(HELD_OUT_PAGES * share), sum(training.seconds.values()))
 
 
@@ -524,15 +525,20 @@ class Trained:
         return list(self.processor.tokenizer.batch_decode(texts, skip_special_tokens=True))
 
     def _measured(self, count: int) -> dict[str, float]:
-        wrong = letters = whole = 0
+        measured: list[tuple[int, int, int]] = []  # lines, edits, letters
         for first in range(HELD_OUT_SEED, HELD_OUT_SEED + count, PAGES_AT_ONCE):
             seeds = range(first, min(first + PAGES_AT_ONCE, HELD_OUT_SEED + count))
             drawn = [pages.drawn_at_random(seed) for seed in seeds]
             read = self.read([page.draw(seed) for page, seed in zip(drawn, seeds, strict=True)])
             for page, text in zip(drawn, read, strict=True):
-                edits = edit_distance(page.markdown, text)
-                wrong, letters, whole = wrong + edits, letters + len(page.markdown), whole + (edits == 0)
-        return {"error": wrong / letters, "whole": whole / count, "pages": count, "letters": letters}
+                measured.append((len(page.lines), edit_distance(page.markdown, text), len(page.markdown)))
+        return {
+            "error": _error(measured),
+            "short_error": _error([each for each in measured if each[0] <= SHORT_LINES]),
+            "whole": sum(not edits for _, edits, _ in measured) / count,
+            "pages": count,
+            "letters": sum(letters for *_, letters in measured),
+        }
 
     def save(self, folder: Path) -> None:
         self.model.half().save_pretrained(folder)
@@ -547,13 +553,19 @@ class Trained:
             "seed": SEED,
             "sizes": f"{min(pages.BODY_SIZES)} to {max(pages.BODY_SIZES)}",
             "headings": f"{min(pages.HEADING_SIZES)} to {max(pages.HEADING_SIZES)}",
-            "lines": pages.LINES,
-            "characters": pages.LINE_CHARACTERS,
+            "short_lines": SHORT_LINES,
+            "lines": pages.LINES + 1,
+            "characters": pages.LINE_CHARACTERS + 4,
             "example": self.read([EXAMPLE.draw()])[0],
         }
         card = CARD.read_text(encoding="utf-8").format(**said, **self.figures)
         (folder / "README.md").write_text(card, encoding="utf-8")
         EXAMPLE.draw().save(folder / "page.png")
+
+
+def _error(measured: Sequence[tuple[int, int, int]]) -> float:
+    """Edits per letter; each of lines, edits, letters."""
+    return sum(edits for _, edits, _ in measured) / max(1, sum(letters for *_, letters in measured))
 
 
 def edit_distance(wanted: str, read: str) -> int:

@@ -137,12 +137,13 @@ def written(texts: Sequence[str], size: int = 21, left: float = 40, top: float =
 
 
 def drawn_at_random(seed: int, *, lines: int = LINES, plain: bool = False) -> Page:
-    """A page of about `lines` lines that say nothing in any language. `plain`: in black on white, at 512 pixels."""
+    """A page of about `lines` lines, often fewer, that say nothing in any language. `plain`: black on white, at 512
+    pixels."""
     dice = random.Random(seed)
     look = Look() if plain else _look(dice)
     size = dice.choice(BODY_SIZES)
     pitch = size * dice.uniform(1.28, 1.55)
-    wanted = max(1, lines + dice.randint(-2, 1)) if lines > 2 else lines
+    wanted = dice.randint(1, lines) if dice.random() < 0.4 else max(1, lines + dice.randint(-2, 1))
     plan: list[tuple[bool, bool, float]] = []  # is_heading, opens_block, distance from the line before
     if dice.random() < 0.5:
         plan.append((True, True, 0))
@@ -165,7 +166,12 @@ def drawn_at_random(seed: int, *, lines: int = LINES, plain: bool = False) -> Pa
     left = 0.0
     for is_heading, opens_block, distance in plan:
         top += distance
-        letters = dice.randint(4, 16) if is_heading else LINE_CHARACTERS + dice.randint(-12, 4)
+        if is_heading:
+            letters = dice.randint(3, 16)
+        elif dice.random() < 0.25:
+            letters = dice.randint(1, LINE_CHARACTERS)
+        else:
+            letters = LINE_CHARACTERS + dice.randint(-12, 4)
         text = _nonsense(dice, letters)
         em = dice.choice(HEADING_SIZES) if is_heading else size
         while len(text) > 1 and _width(text, em, look.scale) > SIDE - 2 * MARGIN - 1:

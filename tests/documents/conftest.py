@@ -22,10 +22,14 @@ class Served:
         self.project = project
         self.ocr = ocr
         self.port = free_port()
-        entry = {"name": "reader", "type": "ocr", "endpoints": ["http://127.0.0.1:9"]}
-        router = {"port": int(ocr.url.rpartition(":")[2])}
-        project.write({"ocr": entry}, router=router, documents={"port": self.port, **documents})
         self.process: subprocess.Popen[bytes] | None = None
+        self.configure(**documents)
+
+    def configure(self, **documents: Any) -> None:
+        """For its next start."""
+        entry = {"name": "reader", "type": "ocr", "endpoints": ["http://127.0.0.1:9"]}
+        router = {"port": int(self.ocr.url.rpartition(":")[2])}
+        self.project.write({"ocr": entry}, router=router, documents={"port": self.port, **documents})
 
     @property
     def url(self) -> str:
@@ -34,6 +38,10 @@ class Served:
     @property
     def log(self) -> Path:
         return self.project.home / "documents.log"
+
+    @property
+    def folder(self) -> Path:
+        return self.project.home / "data" / "documents"
 
     def start(self, **environ: str) -> None:
         given = {**os.environ, "VLLM_UNIFIED_HOME": str(self.project.home), "VLLM_API_KEY": API_KEY, **environ}
@@ -74,6 +82,17 @@ def served(ocr: FakeOcr, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     (project.home / "config").mkdir(parents=True)
     served = Served(project, ocr)
     served.start()
+    yield served
+    served.kill(signal.SIGTERM)
+
+
+@pytest.fixture
+def fresh(ocr: FakeOcr, tmp_path: Path) -> Iterator[Served]:
+    """One that was not started yet, for a test that has it to itself."""
+    project = Project(tmp_path / "project")
+    (project.home / "config").mkdir(parents=True)
+    ocr.behave(model="deepseek-ocr", concurrency=4)
+    served = Served(project, ocr)
     yield served
     served.kill(signal.SIGTERM)
 

@@ -13,8 +13,12 @@ It behaves as these fields say; every one may be left out:
     form: "grounding" (default; DeepSeek-OCR's), "markdown", "ocrflux-json" or "doctags"
     cues: list of cues, one for each request in turn, and then none
     pages: {number of a page: list of cues}, one for each request for this page, and then none
+    pairs, tables: list of cues, one for each question of that kind, and then none: see OCRFlux's merge below
+    texts: {number of a page: its answer, with places where the mode has them}; form "ocrflux-json" puts it in JSON
     cue: what every other request meets                retry_after: of a 429 or 503 (default "1", "" for none)
     no_metrics: true, so that /metrics/engines is 404
+    guard: "works" (default), "passed over" (no processor reads ngram_size), "without effect", "refused",
+           "no finish_reason" (of an answer that was cut off)
 
 Cues, which a model's name may carry too, as in "DeepSeek-OCR:loop":
 
@@ -25,18 +29,23 @@ Cues, which a model's name may carry too, as in "DeepSeek-OCR:loop":
     refusal     "I'm sorry, …"                         noise         nothing but special tokens
     429 503 500 400     that status                    hang          no answer until the client leaves
     cut         the connection ends instead            nonsense      200 with what is no chat completion
+    say:TEXT    that text
 
 POST /behave with such an object changes the behaviour of one that runs, and forgets what it saw. GET /seen:
 
     {"requests": [{"page", "cue", "status", "model", "mode", "prompt", "temperature", "vllm_xargs", "on_behalf_of",
      "width", "height", "rotation", "fields", "answered"}], "pages": {number: answers given},
-     "cancelled": n, "most_running": n, "most_waiting": n}
+     "cancelled": n, "most_running": n, "most_waiting": n, "guard_tests": n}
 
 `answered`, 0 until then, is in seconds of the clock that all processes of the machine share, time.monotonic().
+A question of the service's test of the guard (one token, or token ids) meets no cue and stands in none of the others.
 
 A page's number is the colour of the square in its top left corner, 5 % of its shorter side: see `colour_of`. It
 is found in the other corners too, which shows how the page is turned (OCRFlux's form tells it). A page without one is
 number 0.
+
+OCRFlux's merge: the two questions about a page break (modes "pairs" and "tables") are answered in its own form. The
+last element of a page goes on in the first of the next where both are tables, or where it has no full stop at its end.
 """
 
 import argparse
@@ -58,6 +67,7 @@ from PIL import Image, ImageDraw
 SHARE = 0.05  # of the shorter side, the side of the mark
 MARK_IS_SEEN_AT = (200, 200)  # a JPEG is decoded to no less than that: the engine is to cost little
 SPECIAL = re.compile(r"<\|/?(?:ref|det|grounding)\|>|<｜end▁of▁sentence｜>")
+PLACE = re.compile(r"<\|ref\|>[^<]*<\|/ref\|><\|det\|>[^<]*<\|/det\|>\n?")
 END = "<｜end▁of▁sentence｜>"
 MODES = {
     "<|grounding|>Convert the document to markdown.": "markdown",
@@ -65,6 +75,11 @@ MODES = {
     "Free OCR.": "free",
     "Parse the figure.": "figure",
     "Describe this image in detail.": "describe",
+}
+STARTS = {
+    "Locate <|ref|>": "find",
+    "Below are two consecutive pages in Markdown format": "pairs",
+    "Below are two tables in HTML format": "tables",
 }
 CUT_OFF = frozenset({"loop", "loop_numbers", "truncate", "half_json"})
 TOKEN_CHARACTERS = 4
@@ -104,11 +119,21 @@ def number_of(image: Image.Image) -> tuple[int, int]:
 # --- what it answers ---
 
 
-def answer(form: str, mode: str, page: int, prompt: str, cue: str = "", rotation: int = 0) -> str:
+def answer(form: str, mode: str, page: int, prompt: str, cue: str = "", rotation: int = 0, given: str = "") -> str:
     if cue in WRONG:
         return WRONG[cue]
-    text = {"markdown": _grounded, "ocr": _lines, "find": _found}.get(mode) if form == "grounding" else None
-    said = text(page, prompt) if text else FORMS[form](page, rotation)
+    if cue.startswith("say:"):
+        return cue.removeprefix("say:")
+    if mode in MERGE:
+        said = MERGE[mode](prompt)
+    elif given and form == "ocrflux-json":
+        said = _ocrflux_page(given, rotation)
+    elif given:
+        said = given if mode == "markdown" else PLACE.sub("", given)
+    elif form == "grounding" and mode in GROUNDED:
+        said = GROUNDED[mode](page, prompt)
+    else:
+        said = FORMS[form](page, rotation)
     if cue == "truncate":
         return said[: len(said) * 2 // 3]
     if cue == "half_json":
@@ -177,9 +202,31 @@ def _ocrflux(page: int, rotation: int) -> str:
         f"<table><tr><td>No.</td><td>Value</td><td><l></td></tr><tr><td>{page}</td><td>1</td><td>2</td></tr></table>"
     )
     figure = "<Image>(80,300),(920,520)</Image>"
+    return _ocrflux_page(f"# Page {page}\n\n{_prose(page)}\n\n{figure}\n\n{table}", rotation)
+
+
+def _ocrflux_page(natural_text: str, rotation: int) -> str:
     turned = {"is_rotation_valid": not rotation, "rotation_correction": -rotation % 360}
     told = {"primary_language": "en", **turned, "is_table": False, "is_diagram": False}
-    return json.dumps({**told, "natural_text": f"# Page {page}\n\n{_prose(page)}\n\n{figure}\n\n{table}"})
+    return json.dumps({**told, "natural_text": natural_text})
+
+
+def _pairs(prompt: str) -> str:
+    """OCRFlux's answer to which elements of two pages are one."""
+    previous, _, following = prompt.partition("\nPrevious page:\n")[2].partition("Next page:\n")
+    upper, lower = (re.findall(r"([0-9]+)\. (.*?)\n\n", page, re.DOTALL) for page in (previous, following))
+    if not upper or not lower:
+        return "[]"
+    (last, end), (first, beginning) = upper[-1], lower[0]
+    both_tables = end.endswith("</table>") and beginning.startswith("<table>")
+    return f"[({last}, {first})]" if both_tables or end[-1] not in ".>" else "[]"
+
+
+def _one_table(prompt: str) -> str:
+    """Two tables as one, without the header that the second repeats."""
+    first, _, second = prompt.partition("\nTABLE 1:\n")[2].partition("\nTABLE 2:\n")
+    header, *rows = re.findall("<tr>.*?</tr>", second)
+    return first.removesuffix("</table>") + "".join(rows if header in first else [header, *rows]) + "</table>"
 
 
 def _doctags(page: int, _: int) -> str:
@@ -191,6 +238,8 @@ def _doctags(page: int, _: int) -> str:
     )
 
 
+GROUNDED = {"markdown": _grounded, "ocr": _lines, "find": _found}
+MERGE = {"pairs": _pairs, "tables": _one_table}
 FORMS = {"grounding": _plain, "markdown": _plain, "ocrflux-json": _ocrflux, "doctags": _doctags}
 WRONG = {
     "empty": "",
@@ -237,12 +286,13 @@ class FakeOcr:
         with self.lock:
             self.behaviour = behaviour
             self.seen: dict[str, Any] = {"requests": [], "pages": {}, "cancelled": 0, "most_running": 0}
-            self.seen["most_waiting"] = 0
+            self.seen["most_waiting"] = self.seen["guard_tests"] = 0
 
-    def cue_of(self, page: int, model: str) -> str:
+    def cue_of(self, mode: str, page: int, model: str) -> str:
         """Takes it from the lists."""
         listed = self.behaviour.get("pages", {})
-        for cues in (listed.get(str(page)) or listed.get(page), self.behaviour.get("cues")):
+        of_mode = self.behaviour.get(mode) if mode in MERGE else None
+        for cues in (of_mode, listed.get(str(page)) or listed.get(page), self.behaviour.get("cues")):
             if cues:
                 return str(cues.pop(0))
         return model.partition(":")[2] or str(self.behaviour.get("cue", ""))
@@ -317,14 +367,33 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": "fake OCR: no such path"}})
         elif (key := ocr.behaviour.get("key", "")) and self.headers.get("authorization") != f"Bearer {key}":
             self.answer(401, {"error": {"message": "fake OCR: wrong key"}})
+        elif (asked := json.loads(body)).get("max_tokens") == 1 or asked.get("return_token_ids"):
+            self.test_guard(asked)
         else:
-            self.read_page(json.loads(body))
+            self.read_page(asked)
+
+    def test_guard(self, asked: dict[str, Any]) -> None:
+        """As vLLM and its n-gram processor do."""
+        ocr = self.server.ocr
+        ocr.seen["guard_tests"] += 1
+        guard = ocr.behaviour.get("guard", "works")
+        xargs = asked.get("vllm_xargs", {})
+        if guard == "refused":
+            self.answer(400, {"error": {"message": "fake OCR: vllm_xargs\nis not known"}})
+        elif xargs.get("ngram_size") == 0 and guard != "passed over":
+            self.answer(400, {"error": {"message": "`ngram_size` has to be a strictly positive integer, got 0."}})
+        else:
+            count = asked["max_tokens"]
+            tokens = [1, 2] * (count // 2) if guard == "without effect" else list(range(count))
+            reason = "stop" if guard == "no finish_reason" else "length"
+            choice = {"message": {"content": "la"}, "finish_reason": reason, "token_ids": tokens}
+            self.answer(200, {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": count}})
 
     def read_page(self, asked: dict[str, Any]) -> None:
         ocr = self.server.ocr
         record = _record(asked, self.headers.get("x-on-behalf-of", ""))
         with ocr.lock:
-            cue = record["cue"] = ocr.cue_of(record["page"], asked["model"])
+            cue = record["cue"] = ocr.cue_of(record["mode"], record["page"], asked["model"])
             ocr.seen["requests"].append(record)
         if cue in ("429", "503"):
             self.refuse(record, int(cue))
@@ -346,7 +415,9 @@ class _Handler(BaseHTTPRequestHandler):
     def complete(self, asked: dict[str, Any], record: dict[str, Any]) -> None:
         ocr, page, cue = self.server.ocr, record["page"], record["cue"]
         form, mode, prompt = ocr.behaviour.get("form", "grounding"), record["mode"], record["prompt"]
-        text = answer(form, mode, page, prompt, cue, record["rotation"])
+        texts = ocr.behaviour.get("texts", {})
+        given = texts.get(page) or texts.get(str(page), "")
+        text = answer(form, mode, page, prompt, cue, record["rotation"], given)
         if asked.get("skip_special_tokens", True):
             text = SPECIAL.sub("", text)
         tokens = 8192 if cue in CUT_OFF else len(text) // TOKEN_CHARACTERS
@@ -395,7 +466,7 @@ def _record(asked: dict[str, Any], on_behalf_of: str) -> dict[str, Any]:
         "cue": "",
         "status": 0,
         "model": asked["model"],
-        "mode": "find" if prompt.startswith("Locate <|ref|>") else MODES.get(prompt, "prompt"),
+        "mode": next((mode for start, mode in STARTS.items() if prompt.startswith(start)), MODES.get(prompt, "prompt")),
         "prompt": prompt,
         "temperature": asked.get("temperature"),
         "vllm_xargs": asked.get("vllm_xargs"),

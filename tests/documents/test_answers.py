@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_unified.documents.answers import noise_in, paragraphs, table_html, understood
+from vllm_unified.documents.answers import noise_in, paragraphs, understood
 from vllm_unified.documents.page import Block
 from vllm_unified.documents.profiles import Form
 
@@ -132,9 +132,12 @@ def test_ocrflux_figures_have_a_place(text: str, block: Block) -> None:
         ("<tr><td>a</td><td><l></td></tr>", '<tr><td colspan="2">a</td></tr>'),
         (
             "<tr><td>a</td><td><l></td><td>b</td></tr><tr><td><t></td><td><lt></td><td>c</td></tr>",
-            '<tr><td rowspan="2" colspan="2">a</td><td>b</td></tr><tr><td>c</td></tr>',
+            '<tr><td colspan="2" rowspan="2">a</td><td>b</td></tr><tr><td>c</td></tr>',
         ),
-        ("<tr><td><l></td><td>a</td></tr><tr><td>b</td></tr>", "<tr><td></td><td>a</td></tr><tr><td>b</td></tr>"),
+        (
+            "<tr><td><l></td><td>a</td></tr><tr><td>b</td></tr>",
+            "<tr><td></td><td>a</td></tr><tr><td>b</td><td></td></tr>",
+        ),
         ('<tr><td rowspan="2">a</td></tr>', '<tr><td rowspan="2">a</td></tr>'),
     ],
 )
@@ -162,7 +165,7 @@ def test_doctags() -> None:
     table = '<table><tr><th>n</th><th colspan="2">of</th></tr><tr><td>1 &lt; 2</td><td></td><td>3</td></tr></table>'
     assert not page.malformed
     assert page.blocks == (
-        Block("page-header", "A journal", ((30, 416, 60, 1400),)),
+        Block("page_header", "A journal", ((30, 416, 60, 1400),)),
         Block("title", "# On tables", ((100, 200, 900, 280),)),
         Block("title", "## 1 Method", ((100, 320, 400, 360),)),
         Block("text", "If a <b and b> c.", ((100, 400, 900, 600),)),
@@ -196,13 +199,6 @@ def test_an_answer_without_doctags() -> None:
     page = understood("Plain text.", "doctags", 100, 100, nothing)
     assert page.markdown == "Plain text."
     assert page.malformed
-
-
-def test_cells_that_belong_to_others_in_a_ragged_table() -> None:
-    rows = [[("td", "a"), ("left", ""), ("up", "")], [("up", "")], [("both", ""), ("td", "b")]]
-    assert table_html(rows) == (
-        '<table><tr><td rowspan="2" colspan="2">a</td><td></td></tr><tr></tr><tr><td></td><td>b</td></tr></table>'
-    )
 
 
 @pytest.mark.parametrize("form", ["markdown", "grounding", "ocrflux-json", "doctags"])

@@ -64,6 +64,14 @@ The token count becomes \\(4096 / 16 = 256\\), with a < b.
         (det(OF_BOX, "Rest.", "x" * 65), [Block("", "x" * 65 + "\nRest.", (BOX,))]),
         # A model names a figure's text too: it is a block of its own.
         (det(OF_BOX, "5 kg", "image"), [Block("image", "", (BOX,)), Block("text", "5 kg")]),
+        # Several places of one block, each in a tag of its own.
+        (
+            f"<|ref|>text<|/ref|><|det|>{OF_BOX}<|/det|><|det|>[[0, 0, 9, 9]]<|/det|>\nA.",
+            [Block("text", "A.", (BOX, (0, 0, 9, 18)))],
+        ),
+        (det(OF_BOX, "7", "number"), [Block("number", "7", (BOX,))]),
+        (det(OF_BOX, "", "number"), [Block("", "number", (BOX,))]),
+        (det(OF_BOX, "", "page_number"), [Block("page_number", "", (BOX,))]),
         # Models that write the label into the place.
         (
             f"<|det|>title {OF_BOX}<|/det|>A<|det|>text {OF_BOX}<|/det|>B",
@@ -85,6 +93,9 @@ def test_blocks(raw: str, wanted: list[Block]) -> None:
         ("[[10, 60, 500, 20]]", [BOX]),
         ("[[10, 20], [500, 60]]", [BOX]),
         ("(10,20),(500,60)", [BOX]),
+        ("(10,20) (500,60)", [BOX]),
+        ("（１０，２０），（５００，６０）", [BOX]),
+        ("[[10, 20], [500, 60], [0, 0], [999, 999]]", [BOX, (0, 0, WIDTH, HEIGHT)]),
         ("［［１０，２０，５００，６０］］", [BOX]),
         ("【【10、20、500、60】】", [BOX]),
         ("〈〈10，20，500，60〉〉", [BOX]),
@@ -139,6 +150,8 @@ def test_nothing_is_evaluated(tmp_path: Path) -> None:
             "＜｜ref｜＞标题＜｜/ref｜＞<｜det｜>［［１０，２０，５００，６０］］<｜/det｜>一",
             [Block("标题", "一", (BOX,))],
         ),
+        ("＜｜ref｜＞text＜｜/ref｜＞＜｜det｜＞［［１０，２０，５００，６０］］一", [Block("text", "一", (BOX,))]),
+        ("＜｜ref｜＞text＜｜det｜＞［［１０，２０，５００，６０］", [Block("text", "", (BOX,))]),
     ],
 )
 def test_tags_that_are_not_closed(raw: str, wanted: list[Block]) -> None:
@@ -180,6 +193,7 @@ def test_text_between_boxes_stays() -> None:
     assert [block.text for block in blocks(raw)] == [f"Block {number}." for number in range(50)]
 
 
+CUT = "<table><tr><td>cut"
 TABLE = '<table><tr><td rowspan="2">a</td></tr></table>'
 
 
@@ -198,6 +212,7 @@ TABLE = '<table><tr><td rowspan="2">a</td></tr></table>'
         ),
         (f"Before\n\n{TABLE}\n\nafter", [Block("", "Before"), Block("table", TABLE, (), TABLE), Block("", "after")]),
         ("<table><tr><td>cut", [Block("table", "<table><tr><td>cut", (), "<table><tr><td>cut")]),
+        ("<table><tr><td>cut</td><td rows", [Block("table", f"{CUT}</td>", (), f"{CUT}</td>")]),
         ("The tag <table> begins one.", [Block("", "The tag <table> begins one.")]),
     ],
 )

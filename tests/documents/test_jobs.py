@@ -18,7 +18,20 @@ import pytest
 
 from tests.conftest import CHECKOUT
 from vllm_unified.documents import jobs as module
-from vllm_unified.documents.jobs import CHANGES, FAULT, PACE_SECONDS, Jobs, Pace, Place, Room, Status, Turns, places
+from vllm_unified.documents.jobs import (
+    CHANGES,
+    FAULT,
+    MOST_UNANSWERED,
+    PACE_SECONDS,
+    Jobs,
+    Pace,
+    Place,
+    Room,
+    Status,
+    Turns,
+    places,
+)
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
@@ -147,6 +160,8 @@ class Scans:
         self.inspected: list[str] = []
         self.seen: list[tuple[str, int]] = []
         self.given_up: list[tuple[str, int]] = []
+        self.seams_of: dict[str, list[int]] = {}
+        self.joined: list[tuple[str, int]] = []
         self.finished: list[str] = []
         self.in_flight = 0
         self.most_in_flight = 0
@@ -165,6 +180,26 @@ class Scans:
 
     async def read(self, document: Document, number: int) -> Page:
         self.seen.append((document.name, number))
+        await self._wait(document, number)
+        return self._raise(f"{document.name}:{number}") or Page(number=number, markdown="read")
+
+    async def seams(self, document: Document) -> Sequence[int]:
+        self._raise("seams " + document.name)
+        asked = {number for name, number in self.joined if name == document.name}
+        return [number for number in self.seams_of.get(document.name, []) if number not in asked]
+
+    async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
+        self.joined.append((document.name, number))
+        await self._wait(document, number)
+        self._raise(f"{document.name}+{number}")
+        return [Joint(number, 0)]
+
+    async def finish(self, document: Document) -> int:
+        self._raise("finish " + document.name)
+        self.finished.append(document.name)
+        return 4321
+
+    async def _wait(self, document: Document, number: int) -> None:
         self.in_flight += 1
         self.most_in_flight = max(self.in_flight, self.most_in_flight)
         try:
@@ -175,12 +210,6 @@ class Scans:
             raise
         finally:
             self.in_flight -= 1
-        return self._raise(f"{document.name}:{number}") or Page(number=number, markdown="read")
-
-    async def finish(self, document: Document) -> int:
-        self._raise("finish " + document.name)
-        self.finished.append(document.name)
-        return 4321
 
     def _raise(self, what: str) -> Page | None:
         answer = self.answers[what].popleft() if self.answers.get(what) else None
@@ -205,8 +234,8 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Jobs]:
         self.store = Store(self.folder / "documents.db")
-        clock = {"monotonic": lambda: self.now} if self.now else {}
-        self.jobs = Jobs(self.store, self.work, lambda: self.limit, room=self.room, **clock)
+        clock = (lambda: self.now) if self.now else time.monotonic
+        self.jobs = Jobs(self.store, self.work, lambda: self.limit, room=self.room, monotonic=clock)
         await self.jobs.start()
         try:
             yield self.jobs
@@ -609,6 +638,110 @@ class TestRoom:
             assert raised.value.headers["retry-after"] == "400"
 
 
+class TestSeams:
+    @in_a_loop
+    async def test_are_asked_about_when_all_pages_are_read(self, service: Service) -> None:
+        service.work.seams_of["a 4"] = [1, 2, 3]
+        async with service.running() as jobs:
+            document = await service.accept("a 4")
+            assert (await service.done(document)).state == "succeeded"
+            assert service.work.joined == [("a 4", 1), ("a 4", 2), ("a 4", 3)]
+            assert (len(service.work.seen), service.work.finished) == (4, ["a 4"])
+            assert [service.store.joints(document, number) for number in (1, 3, 4)] == [
+                [Joint(1, 0)],
+                [Joint(3, 0)],
+                None,
+            ]
+            assert jobs.load()[:3] == (0, 0, 0)
+
+    @in_a_loop
+    async def test_have_the_turns_of_pages_within_their_limit(self, service: Service) -> None:
+        service.limit = 2
+        service.work.seams_of["joined 2"] = list(range(1, 150))
+        async with service.running():
+            joined = await service.accept("joined 2")
+            await service.until(lambda: len(service.work.joined) > 4)
+            before = len(service.work.joined)
+            await service.done(await service.accept("short 2"))
+            assert len(service.work.joined) - before < 100
+            other = await service.accept("other 200", "bob")
+            await service.done(joined)
+            assert len(service.work.joined) == 149
+            # One of its pages for each seam.
+            assert sum(name == "other 200" for name, _ in service.work.seen) < 190
+            await service.done(other)
+            assert service.work.most_in_flight == 2
+
+    @pytest.mark.parametrize(
+        ("what", "error", "known"),
+        [
+            ("a 3+1", RuntimeError("boom"), [None, [Joint(2, 0)]]),
+            ("a 3+1", DocumentError(400, "no such profile", code="x"), [None, [Joint(2, 0)]]),
+            ("seams a 3", RuntimeError("boom"), [[Joint(1, 0)], [Joint(2, 0)]]),
+        ],
+    )
+    @in_a_loop
+    async def test_fail_no_document(self, service: Service, what: str, error: Exception, known: list[Any]) -> None:
+        service.work.seams_of["a 3"] = [1, 2]
+        service.work.answer(what, error)
+        async with service.running():
+            document = await service.accept("a 3")
+            status = await service.done(document)
+            assert (status.state, status.done, status.error) == ("succeeded", 3, "")
+            asked = bool(service.work.joined)
+            assert [service.store.joints(document, number) for number in (1, 2)] == (known if asked else [None, None])
+            assert asked == (what != "seams a 3")
+
+    @pytest.mark.parametrize("answered", [0, 3, 12])
+    @in_a_loop
+    async def test_are_asked_about_no_more_where_nobody_answers(self, service: Service, answered: int) -> None:
+        service.work.seams_of["a 2"] = list(range(1, 100))
+        for number in range(answered + 1, 100):
+            service.work.answer(f"a 2+{number}", DocumentError(502, "no such path", code="engine_error"))
+        async with service.running() as jobs:
+            document = await service.accept("a 2")
+            assert (await service.done(document)).state == "succeeded"
+            asked = len(service.work.joined)
+            assert answered + MOST_UNANSWERED <= asked <= answered + MOST_UNANSWERED + 2 * service.limit
+            assert service.store.joints(document, answered) == ([Joint(answered, 0)] if answered else None)
+            assert jobs.load()[:3] == (0, 0, 0)
+
+    @in_a_loop
+    async def test_are_all_asked_about_where_some_are_not_answered(self, service: Service) -> None:
+        service.limit = 1
+        service.work.seams_of["a 2"] = list(range(1, 31))
+        for number in range(1, 31):
+            if number % MOST_UNANSWERED:
+                service.work.answer(f"a 2+{number}", DocumentError(502, "no such path", code="engine_error"))
+        async with service.running():
+            assert (await service.done(await service.accept("a 2"))).state == "succeeded"
+            assert len(service.work.joined) == 30
+
+    @pytest.mark.parametrize("what", ["a 3+1", "seams a 3"])
+    @pytest.mark.parametrize("status", [429, 503])
+    @in_a_loop
+    async def test_wait_for_the_engine(self, service: Service, what: str, status: int) -> None:
+        service.work.seams_of["a 3"] = [1, 2]
+        service.work.answer(what, DocumentError(status, "later", code="x", headers={"retry-after": "1"}))
+        async with service.running():
+            document = await service.accept("a 3")
+            assert (await service.done(document)).state == "succeeded"
+            assert {number for _, number in service.work.joined} == {1, 2}
+            assert [service.store.joints(document, number) for number in (1, 2)] == [[Joint(1, 0)], [Joint(2, 0)]]
+
+    @in_a_loop
+    async def test_end_with_a_cancellation(self, service: Service) -> None:
+        service.work.seams_of["a 2"] = list(range(1, 1000))
+        async with service.running() as jobs:
+            document = await service.accept("a 2")
+            await service.until(lambda: bool(service.work.joined))
+            service.work.may_go.clear()
+            await service.until(lambda: service.work.in_flight == 4)
+            assert (await jobs.cancel(document)).state == "cancelled"
+            assert service.work.in_flight == 0
+            assert jobs.load()[:3] == (0, 0, 0)
+
+
 class TestStatus:
     @in_a_loop
     async def test_says_how_far_it_is(self, service: Service) -> None:
@@ -802,6 +935,14 @@ class LoggedScans:
         await asyncio.sleep(0.005)
         return Page(number=number, markdown=f"page {number} of {document.name}")
 
+    async def seams(self, document: Document) -> Sequence[int]:
+        return self.store.seams(document.id)
+
+    async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
+        self.log.write(json.dumps(["join", document.id, number]) + "\n")
+        await asyncio.sleep(0.005)
+        return [] if number % 2 else None
+
     async def finish(self, document: Document) -> int:
         pages = self.store.results(document.id, most=1000)
         self.log.write(json.dumps(["finish", document.id, len(pages)]) + "\n")
@@ -885,6 +1026,10 @@ def test_killed_at_any_moment_it_goes_on_and_reads_no_page_twice(tmp_path: Path)
     assert pages_read(every) == {(each, number) for each, pages in documents.items() for number in range(1, pages + 1)}
     # Those that a kill caught in flight were read again; nothing else was.
     assert sum(what == "read" for what, *_ in every) <= sum(documents.values()) + KILLS * LIMIT
+    # An answer that was stored is not asked for again, be it one or not.
+    seams = [(document, number) for what, document, number in every if what == "join"]
+    assert set(seams) == {(each, number) for each, pages in documents.items() for number in range(1, pages)}
+    assert len(seams) <= len(set(seams)) + KILLS * LIMIT
     finishes = [(document, pages) for what, document, pages in every if what == "finish"]
     assert dict(finishes) == documents
     # Once, but for a kill between the products and their row.

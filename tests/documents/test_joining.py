@@ -1,11 +1,12 @@
 """What a page break cut is put together again, and nothing else, in English and Chinese."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from vllm_unified.documents.joining import Joint, elements, joined, page_break, repeated_lines
-from vllm_unified.documents.page import Block, Page
+from vllm_unified.documents.joining import Joint, elements, joined, merged_table, page_break, repeated_lines
+from vllm_unified.documents.page import RUNNING_HEADS, Block, Page
 
 HEAD = "<tr><th>Name</th><th>Count</th></tr>"
 UPPER = f"<table>{HEAD}<tr><td>Li</td><td>1</td></tr></table>"
@@ -54,6 +55,7 @@ def parts(*pages: Page, drop: bool = False) -> list[tuple[int, str]]:
         ("The heading of a section", "The next paragraph begins.", None),
         ("这一句话已经结束了，后面没有其他的内容了。", "下一段从这里开始，不应当合并。", None),
         ("2024年3月1日", "各有关单位，请遵照执行。", None),
+        ("Anna Brook, 3 March 2026", "湖滨水务：二〇二五年年度报告", None),
         ("# A heading without an end", "and a text", None),
         ("- an item of a list that goes", "on here", None),
         ("The conditions are the ones that follow here", "- an item", None),
@@ -83,6 +85,34 @@ def test_what_stands_between_two_parts_stays_where_it_was() -> None:
     kept = [text, figure, (1, "ACME"), (1, "- 1 -"), (2, "Report"), caption, (2, "2"), (3, "Next.")]
     assert parts(*pages) == kept
     assert parts(*pages, drop=True) == [text, figure, (1, "- 1 -"), caption, (3, "Next.")]
+
+
+@pytest.mark.parametrize("label", sorted(RUNNING_HEADS))
+def test_every_label_of_a_running_head_is_dropped(label: str) -> None:
+    assert parts(page(1, Block(label, "ACME"), "A text."), drop=True) == [(1, "A text.")]
+
+
+def test_a_head_is_known_on_pages_without_labels_by_those_with_them() -> None:
+    labelled = page(1, Block("header", "ACME: a report"), "It goes on and", Block("page_number", "1"))
+    plain = page(2, "ACME: a report\non and ends.\n1\n2")
+    assert parts(labelled, plain, drop=True) == [(1, "It goes on and on and ends.\n1")]
+    kept = [(1, "ACME: a report"), (1, "It goes on and on and ends.\n1"), (1, "1"), (2, "ACME: a report"), (2, "2")]
+    assert parts(labelled, plain) == kept
+
+
+def test_heads_that_no_model_has_labelled_are_kept_out_of_paragraphs() -> None:
+    pages = [page(number, f"ACME report\nPart {number} goes on and on in the\n- {number} -") for number in (1, 2, 3)]
+    wanted = "Part 1 goes on and on in the Part 2 goes on and on in the Part 3 goes on and on in the"
+    assert parts(*pages, drop=True) == [(1, wanted)]
+    assert parts(*pages) == [
+        (1, "ACME report"),
+        (1, wanted),
+        (1, "- 1 -"),
+        (2, "ACME report"),
+        (2, "- 2 -"),
+        (3, "ACME report"),
+        (3, "- 3 -"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +182,7 @@ def test_repeated_lines_are_running_heads(head: str, foot: str) -> None:
         for number in range(1, 6)
         for text in (f"This is the text of page {number * number}.", f"It ends at {number * number}.")
     ]
-    assert len(parts(*pages)) == 3 * 5
+    assert len(parts(*pages)) == 4 * 5
 
 
 @pytest.mark.parametrize("head", ["Question {}", "第 {} 题", "# Report", "- an item", "| a | b |"])
@@ -170,7 +200,7 @@ def test_two_pages_are_too_few_to_tell() -> None:
 
 def told(first: Page, second: Page, joint: Joint) -> tuple[list[str], list[str]]:
     warnings: list[str] = []
-    found = joined([first, second], joints={1: [joint]}, warn=warnings.append)
+    found = joined([first, second], joints={1: [joint]}.get, warn=warnings.append)
     return [each.block.text for each in found], warnings
 
 
@@ -192,6 +222,119 @@ def test_a_merge_that_failed_glues_no_tables_together(html: str) -> None:
     texts, warnings = told(page(1, UPPER), page(2, lower), Joint(0, 0, html))
     assert texts == [UPPER, lower]
     assert len(warnings) == 1
+
+
+def rows(*lines: str) -> str:
+    """Cells between blanks, a header where the line ends with *."""
+    written = []
+    for line in lines:
+        tag = "th" if line.endswith("*") else "td"
+        written.append("".join(f"<{tag}>{cell}</{tag}>" for cell in line.removesuffix("*").split()))
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in written)}</table>"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (rows("a b", "c 1"), rows("d 2"), rows("a b", "c 1", "d 2")),
+        (rows("a b*", "c 1"), rows("a b*", "d 2"), rows("a b*", "c 1", "d 2")),
+        (rows("a b", "c 1"), rows("A B", "d 2"), rows("a b", "c 1", "d 2")),
+        (rows("a b", "c 1", "effi- 2"), rows("cient 3"), rows("a b", "c 1", "efficient 23")),
+        (rows("a b", "c 1"), rows("x y", "z 2"), rows("a b x y", "c 1 z 2")),
+        (rows("名 数", "甲 1"), rows("乙 2"), rows("名 数", "甲 1", "乙 2")),
+    ],
+)
+def test_a_table_that_a_model_merged(first: str, second: str, told: str) -> None:
+    assert merged_table(first, second, told) == told
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "<table></table>",
+        "I cannot merge them.",
+        rows("a b", "c 1"),
+        rows("a b", "d 2"),
+        rows("a b", "c 1", "d 3"),
+        rows("a b", "c 1", "d 2", "e 3"),
+        rows("a b", "c 1", "d 2", "d 2"),
+        rows("ab c1 d2"),
+        f"<table>{'<tr><td>a</td></tr>' * 200_000}</table>",
+    ],
+    ids=lambda told: told[:60],
+)
+def test_a_table_that_is_not_both_of_them_is_none(told: str) -> None:
+    assert merged_table(rows("a b", "c 1"), rows("a b", "d 2"), told) == ""
+
+
+@pytest.mark.parametrize("second", ["", "no table", "<table></table>"])
+def test_a_table_and_what_is_none_are_none(second: str) -> None:
+    assert merged_table(rows("a b", "c 1"), second, rows("a b", "c 1")) == ""
+
+
+def test_what_a_model_merged_is_written_anew() -> None:
+    told = (
+        '<table onclick="alert(1)"><caption>Buy now</caption><tr><td>a</td><td><script>x</script>b</td></tr>'
+        '<tr><td style="x">c</td><td>1 &lt; 2</td></tr><tr><td>d</td><td>2</td></tr></table>'
+    )
+    first = "<table><caption>T</caption><tr><td>a</td><td>b</td></tr><tr><td>c</td><td>1 &lt; 2</td></tr></table>"
+    written = first.replace("</table>", "<tr><td>d</td><td>2</td></tr></table>")
+    assert merged_table(first, rows("d 2"), told) == written
+
+
+def test_time_is_linear_in_what_a_model_merged() -> None:
+    def seconds(count: int) -> float:
+        first, second = (rows(*(f"{side}{number} 1" for number in range(count))) for side in "ab")
+        begun = time.process_time()
+        assert merged_table(first, second, first.removesuffix("</table>") + second.removeprefix("<table>"))
+        return time.process_time() - begun
+
+    seconds(100)
+    assert seconds(8000) < 16 * 4 * max(seconds(500), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tables", "merged", "wanted"),
+    [
+        # The header comes again, then a row that the page break has cut.
+        (
+            (rows("a b", "c 1"), rows("a b", "d 2", "e x"), rows("y z", "f 3")),
+            (rows("a b", "c 1", "d 2", "e x"), rows("a b", "d 2", "ey xz", "f 3")),
+            [rows("a b", "c 1", "d 2", "ey xz", "f 3")],
+        ),
+        # A short part before longer ones: none of its rows is lost.
+        (
+            (rows("a b"), rows("c 1", "d 2"), rows("e 3", "f 4", "g 5")),
+            (rows("a b", "c 1", "d 2"), rows("c 1", "d 2", "e 3", "f 4", "g 5")),
+            [rows("a b", "c 1", "d 2", "e 3", "f 4", "g 5")],
+        ),
+        # The second answer does not begin with what the second page has: our own rule.
+        (
+            (rows("a b*", "c 1"), rows("a b*", "d 2"), rows("a b*", "e 3")),
+            (rows("a b*", "c 1", "d 2"), rows("e 3", "d 2", "a b")),
+            [rows("a b*", "c 1", "d 2", "e 3")],
+        ),
+        # And where that one cannot tell, both parts stay.
+        (
+            (rows("a b", "c 1"), rows("d 2"), rows("x y z")),
+            (rows("a b", "c 1", "d 2"), rows("x y z", "d 2")),
+            [rows("a b", "c 1", "d 2"), rows("x y z")],
+        ),
+    ],
+)
+def test_a_table_over_three_pages(tables: tuple[str, ...], merged: tuple[str, str], wanted: list[str]) -> None:
+    pages = [page(number, table(html)) for number, html in enumerate(tables, 1)]
+    joints = {number: [Joint(0, 0, html)] for number, html in enumerate(merged, 1)}
+    assert [part.block.html or part.block.text for part in joined(pages, joints=joints.get)] == wanted
+
+
+def test_where_nothing_is_told_our_rules_hold() -> None:
+    pages = [page(number, "The text goes on and") for number in (1, 2, 3)]
+    assert [part.page for part in joined(pages, joints={1: [], 2: []}.get)] == [1, 2, 3]
+    pages = [page(1, "The text goes on and"), page(2, "which goes on and"), page(3, "on.")]
+    texts = [part.block.text for part in joined(pages, joints={1: []}.get)]
+    assert texts == ["The text goes on and", "which goes on and on."]
 
 
 def test_elements() -> None:

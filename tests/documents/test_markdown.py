@@ -27,9 +27,9 @@ def plain(markdown: str) -> str:
     return file.getvalue()
 
 
-def texts(table: Paragraph | Table) -> list[list[str | None]]:
+def texts(table: Paragraph | Table) -> list[list[str]]:
     assert isinstance(table, Table)
-    return [[cell and " ".join(p.text for p in cell.paragraphs) for cell in row] for row in table.rows]
+    return [[cell.text for cell in row] for row in table.rows]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,20 @@ def test_markdown_as_pages_have_it(markdown: str, expected: str) -> None:
 )
 def test_a_table_is_a_grid(markdown: str, expected: list[list[str]]) -> None:
     assert texts(blocks_of(markdown)[0]) == expected
+
+
+@pytest.mark.parametrize("header", ["<tr><th>a</th><th>b</th></tr>", "<thead><tr><td>a</td><td>b</td></tr></thead>"])
+def test_a_header_is_one_however_it_is_written(header: str) -> None:
+    (table,) = blocks_of(f"<table>{header}<tr><td>1</td></tr></table>")
+    assert isinstance(table, Table)
+    assert (table.header_rows, texts(table)) == (1, [["a", "b"], ["1", ""]])
+
+
+def test_a_table_too_wide_for_a_grid_is_lines_that_lose_nothing() -> None:
+    cells = [f"c{number}" for number in range(1_200)]
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    found: list[Any] = blocks_of(f"<table><tr>{row}</tr><tr><td colspan=2>d</td></tr></table>")
+    assert [block.text for block in found] == ["  ".join(cells), "d"]
 
 
 def test_text_goes_on_after_a_table_that_was_cut_off() -> None:

@@ -21,6 +21,7 @@ from docx.text.paragraph import Paragraph
 from PIL import Image
 
 from vllm_unified.documents import products as module
+from vllm_unified.documents.layout import write_layout
 from vllm_unified.documents.options import Format
 from vllm_unified.documents.page import Block, Page
 from vllm_unified.documents.products import Products, name_for, write_products
@@ -147,7 +148,7 @@ def test_the_archive(folder: Path) -> None:
     write(folder)
     with zipfile.ZipFile(folder / "result.zip") as archive:
         assert archive.testzip() is None
-        names = ["result.md", "raw.json", "Q1 报告.layout.pdf", "Q1 报告.html", "Q1 报告.docx", "Q1 报告.txt"]
+        names = ["result.md", "raw.json", "Q1 报告.html", "Q1 报告.docx", "Q1 报告.txt"]
         images = [FIGURE, "images/page-2-img-1.jpg", "images/page-10-img-1.jpg"]
         assert archive.namelist() == names + images
         assert archive.read("result.md") == (folder / "result.md").read_bytes()
@@ -197,7 +198,11 @@ def test_docx_is_real(folder: Path) -> None:
     assert (document.inline_shapes[0].width.inches, document.inline_shapes[0].height.inches) == (2, 1)
     assert isinstance(figure, Paragraph)
     # Its last row was cut short by the model.
-    assert [[cell.text for cell in row.cells] for row in table.rows] == [["A", "B", "B"], ["A", "C", "D"], ["1", "2"]]
+    assert [[cell.text for cell in row.cells] for row in table.rows] == [
+        ["A", "B", "B"],
+        ["A", "C", "D"],
+        ["1", "2", ""],
+    ]
     assert document.core_properties.title == "Q1 报告.pdf"
 
 
@@ -269,6 +274,21 @@ def test_layout_shows_each_page_and_its_boxes(folder: Path) -> None:
         assert red > 150 > green
         assert green == pytest.approx(blue, abs=10)
         assert shown.getpixel((180, 130)) == (255, 255, 255)
+    finally:
+        layout.close()
+
+
+def test_layout_numbers_the_further_boxes_of_a_block_beside_them(tmp_path: Path) -> None:
+    """Above them is the text of the box before."""
+    page = Page(1, 600, 842, blocks=(Block("text", "", ((100, 100, 500, 120), (100, 120, 500, 140))),))
+    with (tmp_path / "layout.pdf").open("wb") as file:
+        write_layout(file, [page], lambda number: None)
+    layout = pdfium.PdfDocument(tmp_path / "layout.pdf")
+    try:
+        shown = layout[0].render().to_pil().convert("RGB")
+        assert shown.getpixel((102, 97)) != (255, 255, 255)
+        assert shown.getpixel((98, 122)) != (255, 255, 255)
+        assert shown.crop((102, 102, 498, 118)).getcolors() == [(396 * 16, (255, 255, 255))]
     finally:
         layout.close()
 

@@ -1,7 +1,9 @@
+import io
 import re
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.problems import DocumentError
@@ -13,10 +15,13 @@ from vllm_unified.documents.profiles import (
     PLAIN,
     check,
     longest_side,
+    pairs_prompt,
     profile_of,
     prompt_of,
     resolution_of,
+    resolution_used,
     sampling,
+    tables_prompt,
 )
 
 DEEPSEEK = BY_NAME["deepseek-ocr"]
@@ -75,6 +80,48 @@ def test_prompts_of_deepseek_ocr(options: Options, prompt: str) -> None:
     assert prompt_of(options, DEEPSEEK) == prompt
 
 
+# https://github.com/chatdoc-com/OCRFlux, ocrflux/prompts.py, to the letter.
+PAIRS = """\
+Below are two consecutive pages in Markdown format, where each element of them is numbered. Identify pairs of elements \
+which should be merged across the two pages, such as text paragraphs or tables that span across the two pages. Return \
+pairs as [(element_index_of_page1, element_index_of_page2), ...] or [] if no elements should be merged.
+Previous page:
+0. # A {title}
+
+1. which goes
+
+Next page:
+0. on.
+
+"""
+TABLES = """\
+Below are two tables in HTML format, merge them into one table in HTML format.
+TABLE 1:
+<table>{first}</table>
+TABLE 2:
+<table>2</table>
+"""
+
+
+def test_what_ocrflux_is_asked_about_a_page_break() -> None:
+    merge = OCRFLUX.merge
+    assert merge is not None
+    assert pairs_prompt(merge, ["# A {title}", "which goes"], ["on."]) == PAIRS
+    assert tables_prompt(merge, "<table>{first}</table>", "<table>2</table>") == TABLES
+    with Image.open(io.BytesIO(merge.image)) as image:
+        assert (image.format, image.size, image.getcolors()) == ("PNG", (28, 28), [(784, (0, 0, 0))])
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "<<|image_pad|>", "<|<|x|>y|>", "<｜end▁of▁sentence｜>"])
+def test_a_page_says_no_special_token(text: str) -> None:
+    merge = OCRFLUX.merge
+    assert merge is not None
+    for prompt in (pairs_prompt(merge, [text], [text]), tables_prompt(merge, text, text)):
+        assert "<|" not in prompt
+        assert "<｜" not in prompt
+        assert prompt.replace(" ", "").count(text) == 2
+
+
 @pytest.mark.parametrize("profile", BY_NAME.values(), ids=str)
 def test_every_profile_reads_a_page_and_none_sends_the_images_place(profile: Any) -> None:
     check(Options(), profile)
@@ -120,6 +167,12 @@ def test_resolution_and_what_the_engine_makes_of_it(options: Options, name: str,
     assert resolution.name == name
     assert longest_side(options, DEEPSEEK) == side
     assert re.search(used, resolution.used)
+    assert resolution_used(options, DEEPSEEK) == resolution.used
+
+
+def test_what_is_used_where_no_resolution_is_asked_for() -> None:
+    assert resolution_used(Options(), DEEPSEEK) == resolution_used(Options(crop_mode=True), DEEPSEEK)
+    assert resolution_used(Options(), OCRFLUX) == ""
 
 
 def test_longest_side_where_no_resolution_is_asked_for() -> None:

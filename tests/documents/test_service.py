@@ -46,6 +46,22 @@ class TestTasks:
         assert set(document["timing"]) == {"queued_at", "started_at", "finished_at", "duration_ms"}
         assert document["duration_ms"] == document["timing"]["duration_ms"] >= 0
 
+    def test_the_resolution_that_was_really_used(self, client: httpx.Client) -> None:
+        tiny = {"base_size": "512", "image_size": "512", "crop_mode": "false"}
+        words = (
+            "Gundam, the only mode that vLLM serves, on the page at 512 pixels: one view of 1024 x 1024 and no tiles"
+        )
+        image = ("page.png", page_image(3, 400, 560))
+        assert client.post("/api/ocr/image", files={"image": image}, data=tiny).json()["resolution_used"] == words
+        older = client.post("/api/ocr", files={"image": image}, data=tiny).json()["metadata"]
+        assert (older["base_size"], older["resolution_used"]) == (512, words)
+        sent = {"files": {"pdf": ("a.pdf", pdf_of(2))}, "data": tiny, "params": {"wait": 60}}
+        result = client.post("/api/ocr/pdf", **sent).json()["result"]  # type: ignore[arg-type]
+        raw = client.get(result["raw_json_url"]).json()
+        assert [result["resolution_used"], *(page["resolution_used"] for page in raw["pages"])] == [words] * 3
+        unasked = client.post("/api/ocr/image", files={"image": image}).json()["resolution_used"]
+        assert unasked == "Gundam: one view of 1024 x 1024 and up to 6 tiles of 640 x 640"
+
     def test_a_pdf_and_its_products(self, client: httpx.Client) -> None:
         accepted = client.post(
             "/api/ocr/pdf", files={"pdf": ("Report-7.pdf", pdf_of(3))}, data={"formats": "html,docx,text"}
@@ -274,6 +290,57 @@ def test_nothing_of_a_refused_upload_is_left(served: Served, client: httpx.Clien
 def test_only_the_router_is_let_in(served: Served) -> None:
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": API_KEY}):
         assert httpx.get(f"{served.url}/api/tasks", headers=headers).status_code == 401
+
+
+def test_a_job_that_finds_the_disk_full_keeps_its_pages(served: Served, ocr: FakeOcr) -> None:
+    ocr.behave(model="deepseek-ocr", concurrency=1, latency=0.3)
+    with served.client() as client:
+        task_id = client.post("/api/ocr/pdf", files={"pdf": ("a.pdf", pdf_of(3))}).json()["task_id"]
+        # What is written there meets a full disk.
+        (served.project.home / "data" / "documents" / task_id / "raw.json.part").symlink_to("/dev/full")
+        document = ended(client, task_id)
+        assert document["status"] == "failed"
+        assert (
+            f"free some space in data/documents, or lower documents.keep_gib, and then POST /api/tasks/{task_id}"
+            in (document["error_message"])
+        )
+        assert (document["progress"]["pages_completed"], document["progress"]["pages_failed"]) == (3, 0)
+        assert client.post(f"/api/tasks/{task_id}/retry").status_code == 202
+        assert ended(client, task_id)["status"] == "succeeded"
+        assert client.get(f"/api/tasks/{task_id}/download/raw.json").status_code == 200
+    assert ocr.seen["pages"] == {"1": 1, "2": 1, "3": 1}
+
+
+def test_a_page_whose_figures_find_the_disk_full_keeps_its_text(served: Served, ocr: FakeOcr) -> None:
+    ocr.behave(model="deepseek-ocr", concurrency=1, latency=0.3)
+    with served.client() as client:
+        task_id = client.post("/api/ocr/pdf", files={"pdf": ("a.pdf", pdf_of(2))}).json()["task_id"]
+        figure = served.folder / task_id / "images" / "page-2-img-1.jpg.new"
+        figure.parent.mkdir(exist_ok=True)
+        figure.symlink_to("/dev/full")
+        document = ended(client, task_id)
+        (failed,) = document["fallback_pages"]
+        assert (document["status"], failed["page"]) == ("succeeded", 2)
+        assert "the disk is full" in failed["reason"]
+        assert "page 2 says" in client.get(document["result"]["markdown_url"]).text
+        figure.unlink()
+        assert client.post(f"/api/tasks/{task_id}/retry").status_code == 202
+        document = ended(client, task_id)
+        assert document["fallback_pages"] == []
+        for url in document["result"]["image_urls"]:
+            client.get(url).raise_for_status()
+    assert ocr.seen["pages"] == {"1": 1, "2": 2}
+
+
+def test_a_loop_of_a_model_without_a_guard_is_cut(fresh: Served, ocr: FakeOcr) -> None:
+    ocr.behave(model="any-vlm", form="markdown", cue="loop")
+    fresh.start()
+    with fresh.client() as client:
+        document = client.post("/api/ocr/image", files={"image": ("a.png", page_image(3, 400, 560))}).json()
+    assert "page 3 says" in document["text"]
+    assert document["raw_text"].count("again and again") == 200
+    assert document["text"].count("again and again") == 1
+    assert any("repeats itself" in warning for warning in document["warnings"])
 
 
 def test_after_a_kill_it_goes_on_and_reads_no_page_twice(served: Served, ocr: FakeOcr) -> None:

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from tests.conftest import CHECKOUT
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Block, Page
 from vllm_unified.documents.problems import DocumentError
@@ -144,6 +145,33 @@ class TestWhatIsTooLate:
         document = queued(store, 2)
         assert not store.inspected(document, range(1, 5), 11.0)
         assert store.get(document).pages == 2
+
+
+def test_seams_are_asked_about_where_both_pages_were_read(store: Store) -> None:
+    document = queued(store, 6)
+    queued(store, 3, 1)
+    store.start_pages({document: 6}, 20.0)
+    read(store, document, 1, 2, 4, 5)
+    read(store, document, 3, reason="it is empty")
+    assert store.seams(document) == [1, 4]
+    assert store.keep_joints(document, 1, [Joint(3, 0), Joint(4, 1, "<table></table>")], 21.0)
+    assert store.keep_joints(document, 4, None, 22.0)
+    assert (store.seams(document), store.get(document).updated_at) == ([], 22.0)
+    read(store, document, 6)
+    assert store.seams(document) == [5]
+    assert store.keep_joints(document, 5, [], 23.0)
+    assert store.joints(document, 1) == [Joint(3, 0), Joint(4, 1, "<table></table>")]
+    assert [store.joints(document, number) for number in (2, 4, 5)] == [None, None, []]
+
+    store.finish(document, "succeeded", 24.0)
+    assert not store.keep_joints(document, 2, [], 25.0)
+    store.retry_failed(document, "", 26.0)
+    store.start_pages({document: 1}, 27.0)
+    read(store, document, 3)
+    # Those of the page that was read now, and that of which no answer was had.
+    assert store.seams(document) == [2, 3, 4]
+    store.delete(document)
+    assert store.joints(document, 1) is None
 
 
 @pytest.mark.parametrize("verb", ["get", "retry"])
@@ -297,7 +325,7 @@ class TestResume:
         store.retry_failed(document, "", 91.0)
         assert [each.id for each in store.resume(92.0)] == [document]
 
-    @pytest.mark.parametrize("by", ["its end", "an inspection that went well", "a stop"])
+    @pytest.mark.parametrize("by", ["its end", "an inspection that went well", "a stop", "a joint"])
     def test_a_document_that_was_survived_is_not_blamed(self, store: Store, by: str) -> None:
         document = store.accept(upload(), 10.0).id
         for _ in range(MOST_STARTS - 1):
@@ -306,6 +334,8 @@ class TestResume:
             store.attempt_ended(document)
         elif by == "a stop":
             store.give_all_back()
+        elif by == "a joint":
+            store.keep_joints(document, 1, [], 11.0)
         else:
             store.inspected(document, [1], 11.0)
         for _ in range(MOST_STARTS - 1):
@@ -466,13 +496,13 @@ class TestDamage:
             Store(path)
         assert [file.name for file in path.parent.glob("*broken*")] == []
 
-    def test_a_disk_that_fails_is_a_503_and_works_again(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_full_disk_is_a_507_and_works_again(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
         document = queued(store)
         with store._engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 1")
         with pytest.raises(StoreError, match="full") as raised:
             store.accept(upload(1, name="n" * 100_000), 11.0)
-        assert (raised.value.status, raised.value.code) == (503, "store_unavailable")
+        assert (raised.value.status, raised.value.code) == (507, "no_space")
         assert "full" in caplog.text
         with store._engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 100000")
@@ -515,9 +545,10 @@ def test_the_tables_are_those_of_this_version(store: Store) -> None:
     with store._engine.connect() as connection:
         columns = {
             table: [row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")]
-            for table in ("documents", "pages")
+            for table in ("documents", "pages", "joints")
         }
     assert VERSION == 1
     assert len(columns["documents"]) == 21
     assert columns["pages"] == ["document", "number", "state", "attempts", "result", "reason"]
+    assert columns["joints"] == ["document", "page", "result"]
     assert set(msgspec.structs.asdict(upload())) < set(columns["documents"])

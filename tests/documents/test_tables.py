@@ -10,14 +10,15 @@ from vllm_unified.documents.tables import (
     MOST_CELLS,
     MOST_COLUMNS,
     Cell,
+    Marker,
     Table,
     around_tables,
     as_markdown,
-    as_text,
-    display_width,
+    merged,
     parse_pipes,
     parse_table,
     table_html,
+    without_loose_end,
 )
 
 
@@ -82,7 +83,6 @@ def test_header_rows(html: str, wanted: int) -> None:
 def test_caption() -> None:
     table = parse_table("<table><caption>表 1 <b>结果</b></caption><tr><td>一</td></tr></table>")
     assert table == Table(((Cell("一"),),), caption="表 1 结果")
-    assert as_text(table) == "表 1 结果\n一"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,7 @@ def test_caption() -> None:
     [
         '<table><tr><td rowspan="1000000000">a</td><td>b</td></tr><tr><td>c</td></tr></table>',
         '<table><tr><td rowspan="2">a</td><td>b</td></tr><tr><td>c</td></tr></table>',
+        '<table><tr><td rowspan="0">a</td><td>b</td></tr><tr><td>c</td></tr></table>',
     ],
 )
 def test_a_span_ends_with_the_table(html: str) -> None:
@@ -135,6 +136,21 @@ def test_matrix(matrix: list[list[str]], wanted: list[list[tuple[str, int, int] 
 
 
 @pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        (
+            [[Cell("a", header=True), "<l>"], ["<t>", "<lt>"], [Cell("b"), Cell("<l>")]],
+            '<tr><th colspan="2" rowspan="2">a</th></tr><tr></tr><tr><td>b</td><td>&lt;l&gt;</td></tr>',
+        ),
+        ([["<l>", Cell("a")], [Cell("b")]], "<tr><td></td><td>a</td></tr><tr><td>b</td><td></td></tr>"),
+        ([], ""),
+    ],
+)
+def test_merged(rows: list[list[Cell | Marker]], wanted: str) -> None:
+    assert table_html(merged(rows)) == f"<table>{wanted}</table>"
+
+
+@pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("| A | B |\n|---|:-:|\n| 1 | 2 |", [["A", "B"], ["1", "2"]]),
@@ -171,31 +187,6 @@ def test_what_markdown_cannot_tell(html: str) -> None:
     assert as_markdown(parse_table(html)) is None
 
 
-def test_text() -> None:
-    html = """<table><tr><th>Region</th><th colspan="2">2024 and 2025 together</th></tr>
-    <tr><td>华东</td><td>12</td><td>R&amp;D</td></tr><tr><td>North-West</td><td></td><td>é</td></tr></table>"""
-    assert as_text(parse_table(html)).splitlines() == [
-        "Region      2024 and 2025 together",
-        "----------  --  ---",
-        "华东        12  R&D",
-        "North-West      é",
-    ]
-
-
-def test_a_wide_cell_pads_no_other_row() -> None:
-    rows = "".join(f"<tr><td>{'长' * 5_000 if number == 3 else 'a'}</td><td>b</td></tr>" for number in range(1_000))
-    text = as_text(parse_table(f"<table>{rows}</table>"))
-    assert len(text) < 100_000
-    assert text.splitlines()[3] == "长" * 5_000 + "  b"
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"), [("abc", 3), ("表格", 4), ("ｶﾅ", 2), ("（a）", 5), ("é", 1), ("e\u0301", 1)]
-)
-def test_display_width(text: str, wanted: int) -> None:
-    assert display_width(text) == wanted
-
-
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -219,6 +210,28 @@ def test_around_tables(text: str, wanted: list[str]) -> None:
     pieces = list(around_tables(text))
     assert [piece for piece, is_table in pieces if is_table] == wanted
     assert "".join(piece for piece, _ in pieces) == text
+
+
+@pytest.mark.parametrize(
+    ("end", "wanted"),
+    [
+        ("", ""),
+        ("</td></tr></table>", "</td></tr></table>"),
+        ("</td></tr><tr><td", "</td></tr>"),
+        ("</td></tr><tr><td colspan='2", "</td></tr>"),
+        ("</td></tr><tr>\n<td>", "</td></tr>"),
+        ("</td><td></td", "</td>"),
+        ("</td><td>p<0.05", "</td><td>p<0.05"),
+        (" a > b <", " a > b "),
+    ],
+)
+def test_what_a_table_was_cut_off_with(end: str, wanted: str) -> None:
+    assert without_loose_end(f"<table><tr><td>1{end}") == f"<table><tr><td>1{wanted}"
+
+
+def test_nothing_but_the_beginning_of_a_table() -> None:
+    assert without_loose_end("<table><tr><td>" * 10_000) == ("<table><tr><td>" * 10_000).removesuffix("<tr><td>")
+    assert without_loose_end("") == ""
 
 
 TOKENS = [
@@ -274,7 +287,7 @@ def test_time_is_linear(part: str) -> None:
     def seconds(size: int) -> float:
         html = "<table><tr><td>" + part * (size // len(part))
         begun = time.process_time()
-        as_text(parse_table(html))
+        parse_table(html)
         list(around_tables(html))
         return time.process_time() - begun
 

@@ -1,9 +1,13 @@
 import asyncio
 import base64
 import contextlib
+import errno
 import hashlib
+import os
 import socket
+import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tests.conftest import eventually, free_port
 from tests.documents import bad_files
 from vllm_unified.documents.kinds import Kind
-from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.problems import DocumentError, on_disk
 from vllm_unified.documents.uploads import (
     Form,
     Unpacked,
@@ -315,6 +319,33 @@ def unpacked(content: bytes, folder: Path, *, max_files: int = 100, max_bytes: i
     path.write_bytes(content)
     upload = Upload("file", "all.zip", path, len(content), "", Kind.ZIP)
     return unpack(upload, folder, max_files=max_files, max_bytes=max_bytes)
+
+
+@pytest.mark.parametrize("size", [100, MIB // 2])  # noticed at its end, and while it comes
+@pytest.mark.parametrize("way", ["form", "body", "base64", "zip"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, size: int) -> None:
+    def mkstemp(prefix: str, dir: Path) -> tuple[int, str]:
+        return os.open("/dev/full", os.O_WRONLY), str(dir / f"{prefix}full")
+
+    (tmp_path / "out").mkdir()
+    content = PNG + os.urandom(size)
+    ways: dict[str, Callable[[Path], Any]] = {
+        "form": lambda folder: received(form_of(part("file", content, "a.png")), folder),
+        "body": lambda folder: asyncio.run(receive_body(request_of(content, {}), folder, MIB)),
+        "base64": lambda folder: save_base64(base64.b64encode(content).decode(), folder, max_bytes=MIB),
+        "zip": lambda folder: unpacked(bad_files.zip_of({"a.png": content}), folder),
+    }
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    with pytest.raises(DocumentError, match="free some space in data/documents") as caught:
+        ways[way](tmp_path / "out")
+    assert refused(caught.value) == (507, "no_space")
+    assert files_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("number", "is_full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_what_a_full_disk_is(number: int, is_full: bool) -> None:
+    with pytest.raises(DocumentError if is_full else OSError), on_disk():
+        raise OSError(number, os.strerror(number))
 
 
 def test_a_zip(tmp_path: Path) -> None:

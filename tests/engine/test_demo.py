@@ -22,7 +22,7 @@ from vllm_unified.settings import flags
 QUESTION = "What is the capital of France?"
 PARIS, BERLIN, BANANAS = "Paris is the capital of France.", "Berlin is a large city.", "Bananas are yellow."
 # Of single pages; its card has the error of a hundred.
-LARGEST_ERROR = 0.06
+LARGEST_ERROR = 0.04
 # Of pages that it was neither trained on nor measured with.
 UNSEEN = ocr.HELD_OUT_SEED + 10**6
 # Language, topic, question.
@@ -105,13 +105,13 @@ class TestThrough:
             assert completion.usage.prompt_tokens > 0
 
     def test_chat_streams_as_it_comes(self, demo: Demo, door: str) -> None:
-        """vLLM may join tokens of a busy moment, so their number says nothing; their times do."""
+        """vLLM may join tokens of a busy moment, so their number says nothing; their times do: not all at the end."""
         asked: dict[str, Any] = {"model": "demo-chat", "messages": messages("Hello"), "max_tokens": 1500}
         with demo.client("chat" if door == "own" else "router") as client:
             came = [time.monotonic()]
             for _ in client.chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}):
                 came.append(time.monotonic())
-        assert came[1] - came[0] < 0.5 * (came[-1] - came[0])
+        assert came[-1] - came[1] > 0.1 * (came[-1] - came[0])
 
     def test_embeddings(self, demo: Demo, door: str) -> None:
         with demo.client("embedding" if door == "own" else "router") as client:

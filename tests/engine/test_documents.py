@@ -12,8 +12,22 @@ from demo.training import ocr, pages
 from tests.engine.conftest import HEADERS, Demo
 
 PAGES = (
-    pages.written(["# Order 5518", "6 x pump, type B-30", "Total: $1,204.50"]),
-    pages.written(["# Terms", "Paid within 30 days.", "", "Returns: see page 1."], size=23),
+    ocr.EXAMPLE,
+    pages.written(
+        [
+            "Packing list, second page 2/2",
+            "Box 1: pumps, 14.2 kg, A1-A6",
+            "Box 2: hoses and clamps, 9 kg",
+            "Box 3: spare seals, manuals",
+            "",
+            "# Insurance",
+            "Value of goods: $1,204.50",
+            "Carrier: Northern Star Freight",
+            "Policy no. NSF/88-2041-C",
+            "",
+            "Checked by K. Boateng, bay 4",
+        ]
+    ),
 )
 
 
@@ -55,9 +69,10 @@ def test_an_image_is_read_while_the_client_waits(client: httpx.Client) -> None:
     PAGES[0].draw().save(written, "PNG")
     began = time.monotonic()
     answer = client.post("/api/ocr/image", files={"image": ("order.png", written.getvalue())}).raise_for_status()
-    assert ocr.edit_distance(PAGES[0].markdown, answer.json()["text"]) <= 3
+    assert ocr.edit_distance(PAGES[0].markdown, answer.json()["text"]) <= 0.05 * len(PAGES[0].markdown)
     print("seconds for a page:", time.monotonic() - began)
 
 
 def test_status_shows_the_service(demo: Demo) -> None:
-    assert demo.status()["documents"] == {"state": "running", "port": demo.ports["documents"]}
+    documents = demo.status()["documents"]
+    assert (documents["state"], documents["port"]) == ("running", demo.ports["documents"])

@@ -14,6 +14,9 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from tests.conftest import Project
+from vllm_unified.documents.api.openapi import OPERATIONS, describe
+from vllm_unified.documents.app import PATHS
+from vllm_unified.documents.options import Options
 from vllm_unified.router.docs import DOCS_PATHS, add_docs
 from vllm_unified.router.openapi import BODIES, OF_FORWARDED
 from vllm_unified.router.problems import not_ready
@@ -51,7 +54,7 @@ def registry(project: Project) -> Registry:
 
 @pytest.fixture
 def client(registry: Registry) -> Iterator[TestClient]:
-    app = FastAPI(title="vllm-unified", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="vllm-unified", version="1", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/live")
     async def live() -> dict[str, str]:
@@ -61,7 +64,13 @@ def client(registry: Registry) -> Iterator[TestClient]:
     async def models() -> dict[str, str]:
         return {}
 
-    add_docs(app, registry, {"/live", "/not/there"})
+    async def documents() -> dict[str, Any]:
+        own = FastAPI()
+        for part in PATHS.values():
+            own.include_router(part.router)
+        return describe(own, Options())
+
+    add_docs(app, registry, {"/live", "/not/there"}, documents)
     with TestClient(app, base_url=HOST) as client:
         yield client
 
@@ -123,7 +132,8 @@ def test_the_document_is_openapi(document: dict[str, Any]) -> None:
 
 
 def test_every_forwarded_path_is_in_it_beside_the_applications(document: dict[str, Any]) -> None:
-    assert set(document["paths"]) == {"/live", "/v1/models", *(route.path for route in ROUTES)}
+    documents = {path for _, path in OPERATIONS}
+    assert set(document["paths"]) == {"/live", "/v1/models", *(route.path for route in ROUTES), *documents}
     assert set(BODIES) == {route.path for route in ROUTES}
     for route in ROUTES:
         operation = document["paths"][route.path]["post"]

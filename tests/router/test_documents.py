@@ -81,6 +81,15 @@ class Service:
             digest.update(body)
         await respond(send, 200, {"size": size, "sha256": digest.hexdigest()})
 
+    async def do_metrics(self, seen: dict[str, Any], receive: Any, send: Any) -> None:
+        text = b"vllm_unified_documents_pages_waiting 7\n"
+        await begin(send, [(b"content-length", b"%d" % len(text))])
+        await send({"type": "http.response.body", "body": text})
+
+    async def do_openapi_json(self, seen: dict[str, Any], receive: Any, send: Any) -> None:
+        paths = {"/v1/ocr": {"post": {"responses": {"200": {"description": "of the service"}}}}, "/metrics": {}}
+        await respond(send, 200, {"paths": paths, "components": {"schemas": {"Asked": {}, "Error": {}}}})
+
     async def do_slow(self, seen: dict[str, Any], receive: Any, send: Any) -> None:
         while not self.go.is_set():  # noqa: ASYNC110 - of another thread
             await asyncio.sleep(0.01)
@@ -247,6 +256,32 @@ def test_a_request_passes_as_it_is(service: Service, client: Client, method: str
     assert headers_of(seen, "accept-encoding") == ["gzip"]
     assert headers_of(seen, "idempotency-key") == ["7"]
     assert client.get("/api/tasks").status == 200  # over the same connection
+
+
+def test_the_routers_documentation_has_the_services_paths(service: Service, client: Client) -> None:
+    document = json.loads(client.get("/openapi.json").body)
+    assert document["paths"]["/v1/ocr"]["post"]["responses"] == {"200": {"description": "of the service"}}
+    assert document["paths"]["/metrics"]["get"]  # the router's own
+    assert document["components"]["schemas"].keys() >= {"Asked", "Error", "AnthropicError"}
+    assert document["components"]["schemas"]["Error"]
+    assert service.requests[0]["path"] == "/openapi.json"
+
+
+def test_the_services_metrics_are_for_admins(service: Service, client: Client) -> None:
+    answer = client.get("/metrics/documents")
+    assert (answer.status, answer.body) == (200, b"vllm_unified_documents_pages_waiting 7\n")
+    targets = [each["labels"] for each in json.loads(client.get("/sd").body)]
+    assert {"type": "documents", "__metrics_path__": "/metrics/documents"} in targets
+    client.send(sent_by("alice", request("GET", "/metrics/documents")))
+    assert client.answer().status == 403
+
+
+def test_a_service_that_is_away_takes_nothing_with_it(router: Deployment, client: Client) -> None:
+    document = json.loads(client.get("/openapi.json").body)
+    assert "/v1/chat/completions" in document["paths"]
+    assert "/v1/ocr" not in document["paths"]
+    answer = client.get("/metrics/documents")
+    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (503, "documents_not_ready")
 
 
 def test_head_has_no_body(service: Service, client: Client) -> None:

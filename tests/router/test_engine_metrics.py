@@ -206,7 +206,7 @@ def test_service_discovery_names_the_engines_of_this_machine_and_the_router(
     project: Project, registry: Registry, host: str, address: str
 ) -> None:
     registry.apply(project.load({"VLLM_ENGINE_HOST": host}))
-    found = sd_document(registry, "10.0.0.1:8000")
+    found = sd_document(registry, "10.0.0.1:8000", documents=False)
     assert [group["labels"].get("model_key") for group in found] == ["chat", "vectors", None]
     assert found[1:] == [
         {
@@ -215,3 +215,9 @@ def test_service_discovery_names_the_engines_of_this_machine_and_the_router(
         },
         {"targets": ["10.0.0.1:8000"], "labels": {"type": "router", "__metrics_path__": "/metrics"}},
     ]
+    *others, service = sd_document(registry, "10.0.0.1:8000", documents=True)
+    assert others == found
+    assert service == {
+        "targets": ["10.0.0.1:8000"],
+        "labels": {"type": "documents", "__metrics_path__": "/metrics/documents"},
+    }

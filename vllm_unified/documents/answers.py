@@ -1,6 +1,5 @@
 """What a model answered, in its own form, as the blocks of a page. Literal parsing, in time linear in the answer."""
 
-import html
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ import msgspec
 
 from vllm_unified.documents.page import Block, Box
 from vllm_unified.documents.profiles import Form
+from vllm_unified.documents.tables import MARKERS, Cell, Marker, merged, parse_table, table_html
 
 
 class Grounded(Protocol):
@@ -53,7 +53,7 @@ _GROUNDING_TOKENS = frozenset({"<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"})
 
 def understood(answer: str, form: Form, width: int, height: int, understand: Understand) -> Understood:
     """`width`, `height`: pixels of the image that was sent."""
-    answer = _printable(answer)
+    answer = printable(answer)
     if form == "grounding":
         return _grounding(answer, width, height, understand)
     if form == "ocrflux-json":
@@ -63,7 +63,7 @@ def understood(answer: str, form: Form, width: int, height: int, understand: Und
     return Understood(paragraphs(answer))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without what neither XML nor UTF-8 can hold."""
     return _CONTROL.sub("", text).encode("utf-8", "replace").decode("utf-8")
 
@@ -126,7 +126,6 @@ _NATURAL_TEXT = re.compile(r'"natural_text"\s{0,10}:\s{0,10}"')
 _STRING = re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _HALF_ESCAPE = re.compile(r"\\u[0-9a-fA-F]{0,3}\Z|\\ud[89abAB][0-9a-fA-F]{2}\Z")
 _FIGURE = re.compile(r"<Image>\s*+\((\d{1,5}),\s*+(\d{1,5})\),\s*+\((\d{1,5}),\s*+(\d{1,5})\)\s*+</Image>")
-_MARKERS = {"<l>": "left", "<t>": "up", "<lt>": "both"}
 
 
 def _ocrflux(answer: str, width: int, height: int) -> Understood:
@@ -143,7 +142,7 @@ def _ocrflux(answer: str, width: int, height: int) -> Understood:
         malformed = "is not the JSON that the model was trained to write"
         if natural_text is None:
             natural_text = "" if text.startswith("{") else text
-    blocks = tuple(_element(block, width, height) for block in paragraphs(_printable(natural_text or "")))
+    blocks = tuple(_element(block, width, height) for block in paragraphs(printable(natural_text or "")))
     return Understood(blocks, malformed=malformed, rotation=rotation)
 
 
@@ -180,48 +179,9 @@ def _element(block: Block, width: int, height: int) -> Block:
 
 def _from_matrix(table: str) -> str:
     """Its tables have as many cells in each row; a marker says that a cell goes with the one beside or above it."""
-    rows = [
-        [cell.partition("</td>")[0].strip() for cell in row.partition("</tr>")[0].split("<td>")[1:]]
-        for row in table.split("<tr>")[1:]
-    ]
-    if "<td " in table or not any(rows):  # cells with attributes: it is HTML already
+    if "<td " in table or not any(f"<td>{marker}</td>" in table for marker in MARKERS):  # it is HTML already
         return table
-    return table_html([[(_MARKERS.get(cell, "td"), "" if cell in _MARKERS else cell) for cell in row] for row in rows])
-
-
-# --- tables whose cells say that they belong to others ---
-
-# "left": one with the cell on its left, "up" with that above, "both" with that which reaches over both.
-Kind = Literal["td", "th", "left", "up", "both"]
-Cell = tuple[str, str]  # its kind, and its text as HTML
-
-
-def table_html(rows: Sequence[Sequence[Cell]]) -> str:
-    """`<table>` with rowspan and colspan. A cell that belongs to none is empty."""
-    covered: set[tuple[int, int]] = set()
-    lines = []
-    for y, row in enumerate(rows):
-        cells = []
-        for x, (kind, text) in enumerate(row):
-            if (y, x) in covered:
-                continue
-            tag = "th" if kind == "th" else "td"
-            columns = depth = 1
-            if kind in ("td", "th"):
-                while x + columns < len(row) and row[x + columns][0] == "left":
-                    columns += 1
-                while y + depth < len(rows) and x < len(rows[y + depth]) and rows[y + depth][x][0] == "up":
-                    depth += 1
-            covered |= {
-                (y + down, x + right)
-                for down in range(depth)
-                for right, (other, _) in enumerate(rows[y + down][x : x + columns])
-                if other in ("left", "up", "both")
-            }
-            spans = (f' rowspan="{depth}"' if depth > 1 else "") + (f' colspan="{columns}"' if columns > 1 else "")
-            cells.append(f"<{tag}{spans}>{text}</{tag}>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return table_html(parse_table(table))
 
 
 # --- DocTags: https://github.com/docling-project/docling-core, docling_core/types/doc/tokens.py ---
@@ -231,7 +191,7 @@ _LOCATION = re.compile(r"loc_(\d{1,4})")
 _HEADING = re.compile(r"section_header_level_([0-5])")
 _LOCATIONS = 500  # per side
 _DEEPEST = 8
-_LABELS = {"page_header": "page-header", "paragraph": "text", "otsl": "table", "document_index": "table"}
+_LABELS = {"paragraph": "text", "otsl": "table", "document_index": "table"}
 # fmt: off
 _ELEMENTS = frozenset((
     "title", "text", "paragraph", "caption", "footnote", "formula", "list_item", "page_header", "page_footer",
@@ -240,16 +200,9 @@ _ELEMENTS = frozenset((
 ))
 # fmt: on
 _AROUND = frozenset({"doctag", "ordered_list", "unordered_list", "inline", "page_break"})
-_CELLS: dict[str, Kind] = {
-    "fcel": "td",
-    "ecel": "td",
-    "srow": "td",
-    "ched": "th",
-    "rhed": "th",
-    "lcel": "left",
-    "ucel": "up",
-    "xcel": "both",
-}
+_CELLS = frozenset({"fcel", "ecel", "srow", "ched", "rhed", "lcel", "ucel", "xcel"})
+_HEADERS = frozenset({"ched", "rhed"})
+_MERGED: dict[str, Marker] = {"lcel": "<l>", "ucel": "<t>", "xcel": "<lt>"}
 
 
 class _Element:
@@ -273,7 +226,7 @@ class _Element:
             self.rows.append([])
         elif tag in _CELLS:
             self.rows = self.rows or [[]]
-            self.rows[-1].append((_CELLS[tag], []))
+            self.rows[-1].append((tag, []))
 
     def say(self, text: str) -> None:
         texts = self.rows[-1][-1][1] if self.rows and self.rows[-1] else self.texts
@@ -287,12 +240,16 @@ class _Element:
         )
         text = "".join(self.texts).strip()
         if rows := [row for row in self.rows if row]:
-            table = table_html([[(kind, html.escape("".join(said).strip(), False)) for kind, said in r] for r in rows])
+            table = table_html(merged([[_cell(tag, "".join(said)) for tag, said in row] for row in rows]))
             return Block("table", table, boxes, table)
         if heading := _HEADING.fullmatch(self.tag):
             return Block("title", f"{'#' * (1 + int(heading.group(1)))} {text}", boxes)
         label = _LABELS.get(self.tag, self.tag)
         return Block(label, _as_markdown(self.tag, text, self.ordered), boxes)
+
+
+def _cell(tag: str, text: str) -> Cell | Marker:
+    return _MERGED.get(tag) or Cell(" ".join(text.split()), header=tag in _HEADERS)
 
 
 def _as_markdown(tag: str, text: str, ordered: bool) -> str:

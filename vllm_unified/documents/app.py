@@ -1,5 +1,6 @@
 """The document service as a whole: its paths, its errors, its life."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -16,12 +17,21 @@ from starlette.exceptions import HTTPException
 
 from vllm_unified import __version__
 from vllm_unified.documents.api import mistral, ocrflux, older, tasks
+from vllm_unified.documents.api.openapi import describe
+from vllm_unified.documents.metrics import CONTENT_TYPE
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service
 from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
 
 STOP_SECONDS = 5
+# By whose they are, as the documentation has them.
+PATHS = {
+    "documents": tasks,
+    "documents, as the DeepSeek-OCR applications have them": older,
+    "documents, as OCRFlux has them": ocrflux,
+    "documents, as Mistral has them": mistral,
+}
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +45,16 @@ def create_app(service: Service) -> FastAPI:
         finally:
             await service.stop()
 
-    # The documentation's pages are the router's.
+    # The documentation's pages are the router's, with what /openapi.json says here in them.
     app = FastAPI(title="vllm-unified documents", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.state.api_key = service.settings.require_api_key()
-    for each in (tasks, older, ocrflux, mistral):
-        app.include_router(each.router)
-    app.add_api_route("/health", health, methods=["GET"])
+    for name, each in PATHS.items():
+        app.include_router(each.router, tags=[name])
+    app.add_api_route("/health", health, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/metrics", metrics, methods=["GET"], include_in_schema=False)
+    described = describe(app, service.defaults)
+    app.openapi = lambda: described  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.add_exception_handler(DocumentError, _answer_document_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -64,9 +77,17 @@ async def health(request: Request) -> Response:
         "vllm_configured": model is not None,
         "vllm_healthy": ready,
         "timestamp": time.time(),
+        "repetition_guard": {"works": service.guard.works, "message": service.guard.message},
         "tasks": service.counts,
     }
     return JSONResponse(document, 200 if ready else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """For Prometheus; the router has it as /metrics/documents."""
+    service: Service = request.app.state.service
+    text = await asyncio.to_thread(service.metrics.text, service.jobs.load(), service.pages_in_flight())
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 def serve(settings: Settings) -> None:

@@ -36,21 +36,29 @@ _BROKEN = frozenset({502, 504})
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """`finish_reason` as the engine says it: "stop", "length" where the answer was cut off; "" where it says none."""
+    """`finish_reason` as the engine says it: "stop", "length" where the answer was cut off; "" where it says none.
+
+    `token_ids`: where they were asked for, of an engine that tells them.
+    """
 
     text: str
     finish_reason: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    token_ids: tuple[int, ...] = ()
 
 
 class EngineError(Exception):
-    """No answer was had. `again`: another way of asking may get one. The message has the engine's own words."""
+    """No answer was had. `again`: another way of asking may get one. The message has the engine's own words.
 
-    def __init__(self, message: str, *, again: bool = False) -> None:
+    `status`: that of its refusal, 0 where it refused nothing.
+    """
+
+    def __init__(self, message: str, *, again: bool = False, status: int = 0) -> None:
         super().__init__(message)
         self.again = again
+        self.status = status
 
 
 class Queue(msgspec.Struct, frozen=True):
@@ -94,6 +102,7 @@ class _Message(msgspec.Struct):
 class _Choice(msgspec.Struct):
     message: _Message
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -203,7 +212,8 @@ class Engine:
                 elif response.status_code in _BROKEN:
                     breaks += 1
                 else:
-                    raise EngineError(f"the engine answered {problem}", again=response.status_code >= 500)
+                    status = response.status_code
+                    raise EngineError(f"the engine answered {problem}", again=status >= 500, status=status)
             seconds *= random.uniform(1.0, 1.25)  # noqa: S311 - so that not all pages come back at once
             if breaks >= MOST_BREAKS:
                 raise EngineError(f"{problem}; it was sent {breaks} times")
@@ -243,6 +253,7 @@ def _answer(content: bytes, seconds: float) -> Answer:
         usage.prompt_tokens or 0,
         usage.completion_tokens or 0,
         seconds,
+        choice.token_ids or (),
     )
 
 

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import msgspec
 
 from vllm_unified.documents.page import FIGURES, RUNNING_HEADS, Block, Box
-from vllm_unified.documents.tables import around_tables
+from vllm_unified.documents.tables import around_tables, without_loose_end
 
 # https://github.com/deepseek-ai/DeepSeek-OCR: boxes are in thousandths of the page's sides, whatever they measure.
 SCALE = 999
 MOST_BOXES = 2_000
 LONGEST_LABEL = 64
 # What models call the parts of a page, beside names with an underscore, as sub_title. In "OCR this image" what
-# stands for a label is the text of a line.
-LABELS = FIGURES | RUNNING_HEADS
+# stands for a label is the text of a line, and "number" is a word that lines have.
+LABELS = (FIGURES | RUNNING_HEADS) - {"number"}
 LABELS |= {"algorithm", "caption", "code", "equation", "footnote", "formula", "heading", "list", "paragraph"}
 LABELS |= {"reference", "subtitle", "table", "text", "title"}
 
@@ -172,6 +172,7 @@ def _around_tables(label: str, pieces: list[tuple[str, bool]], boxes: tuple[Box,
     """The boxes are the first table's where the label is; or else those of the text before it."""
     place_of_table = label == "table" or pieces[0][1]
     for piece, is_table in pieces:
+        piece = without_loose_end(piece) if is_table else piece
         own = boxes if is_table == place_of_table else ()
         boxes = () if own else boxes
         if is_table:

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.store import Document, Outcome, State, Store, StoreError, Upload
@@ -34,6 +35,8 @@ STORE_RETRY_SECONDS = 1.0
 STOP_SECONDS = 5.0  # how long a cancelled task may take to end
 INSPECTIONS = 2
 FINISHES = 2
+# Questions about the page breaks of a document, one after the other, without an answer: it does not wait for more.
+MOST_UNANSWERED = 8
 PACE_SECONDS = 180
 PLACES_SECONDS = 1.0  # how old the estimate of the order may be
 CHANGES = 16  # that a subscriber may be behind before it is given the newest alone
@@ -54,7 +57,8 @@ class Work(Protocol):
     """What is done with a document. Each may be cancelled at any moment, and done again after that.
 
     A DocumentError 429 (the key's limits) or 503 (the engine is away) is none of the document's: the same is tried
-    again after its Retry-After. Any other exception of `read` fails the page, of `inspect` or `finish` the document.
+    again after its Retry-After. Any other exception of `read` fails the page, of `inspect` or `finish` the document;
+    of `seams` or `join` it leaves the page breaks to our own rules.
     """
 
     async def inspect(self, document: Document) -> Sequence[int]:
@@ -62,6 +66,12 @@ class Work(Protocol):
 
     async def read(self, document: Document, number: int) -> Page:
         """What came of it; one with a `reason` has failed."""
+
+    async def seams(self, document: Document) -> Sequence[int]:
+        """When all pages are dealt with: those after which the model is to be asked what goes on in the next page."""
+
+    async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
+        """What goes on from page `number` in the next; None: it was not asked."""
 
     async def finish(self, document: Document) -> int:
         """Write the products, atomically; the bytes of all files of the document. Once, but for a kill meanwhile."""
@@ -238,6 +248,9 @@ class _Active:
         self.document = document
         self.tasks: set[asyncio.Task[None]] = set()
         self.pace = Pace()
+        self.seams: deque[int] = deque()  # that are to be asked about
+        self.unjoined = 0  # those, and what is being asked
+        self.unanswered = 0  # questions about seams, in a row
         self.is_ending = False
 
     @property
@@ -253,7 +266,8 @@ class _Active:
 class Jobs:
     """Between `start` and `stop` it works on what the store has. All methods belong to one event loop.
 
-    `limit()`: how many pages may be in flight; asked before each start, 0 is a pause. `clock` is unix time.
+    `limit()`: how many pages may be in flight; asked before each start, 0 is a pause. `note(page)`: told of each page
+    when what came of it is stored. `clock` is unix time.
     """
 
     def __init__(
@@ -263,6 +277,7 @@ class Jobs:
         limit: Callable[[], int],
         *,
         room: Room = Room(),  # noqa: B008 - frozen
+        note: Callable[[Page], None] = lambda page: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -270,6 +285,7 @@ class Jobs:
         self._work = work
         self._limit = limit
         self._room = room
+        self._note = note
         self._clock = clock
         self._monotonic = monotonic
         # One thread, so that what was asked first is stored first.
@@ -473,7 +489,7 @@ class Jobs:
             self._spawn(stage, active, do(active))
 
     async def _start_pages(self) -> None:
-        chosen = self._take("read", self._limit())
+        chosen = self._start_joins(self._take("read", self._limit()))
         if not chosen:
             return
         try:
@@ -486,6 +502,17 @@ class Jobs:
             active = self._active.get(document)
             if active is not None and not active.is_ending:
                 self._spawn("read", active, self._read(active, number))
+
+    def _start_joins(self, chosen: list[str]) -> list[str]:
+        """A document whose pages are all dealt with has its turns for its seams. The others are left."""
+        pages = []
+        for document in chosen:
+            active = self._active[document]
+            if active.seams:
+                self._spawn("read", active, self._join(active, active.seams.popleft()))
+            else:
+                pages.append(document)
+        return pages
 
     def _take(self, stage: Stage, limit: int) -> list[str]:
         now = self._monotonic()
@@ -573,6 +600,7 @@ class Jobs:
             self._count(active, page)
 
     def _count(self, active: _Active, page: Page) -> None:
+        self._note(page)
         now = self._monotonic()
         active.pace.add(now)
         self._pace.add(now)
@@ -582,10 +610,58 @@ class Jobs:
             self._turns["finish"].add(active.document.key, active.document.id)
         self._publish(active)
 
+    async def _join(self, active: _Active, number: int) -> None:
+        document, joints = active.document, None
+        try:
+            joints = await _whole(self._work.join(document, number))
+            active.unanswered = 0
+        except Exception as error:
+            if self._pause(error, document.key):
+                await self._insist(self._store.attempt_ended, document.id)
+                active.seams.appendleft(number)
+                self._wait_again("read", document.id)
+                return
+            is_ours = not isinstance(error, DocumentError)
+            log.warning("document %s, from page %d to the next: %s", document.id, number, error, exc_info=is_ours)
+            self._count_unanswered(active)
+        if await self._insist(self._store.keep_joints, document.id, number, joints, self._clock()):
+            active.unjoined -= 1
+            if not active.unjoined and not active.is_ending:
+                self._turns["finish"].add(document.key, document.id)
+
+    def _count_unanswered(self, active: _Active) -> None:
+        active.unanswered += 1
+        if active.unanswered >= MOST_UNANSWERED:
+            log.warning("document %s: nothing more is asked about its page breaks", active.document.id)
+            self._turns["read"].remove(active.document.key, active.document.id)
+            active.unjoined -= len(active.seams)
+            active.seams.clear()
+
     async def _finish(self, active: _Active) -> None:
+        seams = await self._seams(active)
+        if seams is None:
+            return
+        if seams:
+            await self._insist(self._store.attempt, active.document.id)
+            active.seams, active.unjoined = deque(seams), len(seams)
+            self._turns["read"].add(active.document.key, active.document.id, len(seams))
+            return
         size = await self._attempt("finish", active, self._work.finish)
         if size is not None:
             await self._finished(active, "succeeded", size=size)
+
+    async def _seams(self, active: _Active) -> Sequence[int] | None:
+        """None: not now."""
+        if active.unanswered >= MOST_UNANSWERED:
+            return ()
+        try:
+            return await _whole(self._work.seams(active.document))
+        except Exception as error:
+            if self._pause(error, active.document.key):
+                self._wait_again("finish", active.document.id)
+                return None
+            log.exception("document %s: its seams", active.document.id)
+            return ()
 
     async def _attempt(
         self, stage: Stage, active: _Active, work: Callable[[Document], Awaitable[Result]]
@@ -612,9 +688,9 @@ class Jobs:
         if await self._insist(self._store.finish, document, outcome, self._clock(), size=size, error=error):
             await self._ended(document)
 
-    def _pause(self, error: DocumentError, key: str) -> bool:
+    def _pause(self, error: Exception, key: str) -> bool:
         """Whether the error is none of the document's: its key, or all, wait for a while."""
-        if error.status not in (KEY_MUST_WAIT, ALL_MUST_WAIT):
+        if not isinstance(error, DocumentError) or error.status not in (KEY_MUST_WAIT, ALL_MUST_WAIT):
             return False
         seconds = _retry_after(error.headers.get("retry-after", ""))
         who = key if error.status == KEY_MUST_WAIT else None

@@ -1,13 +1,13 @@
 """Pages to one document: what a page break has cut is put together again, and running heads are left out.
 
-Every rule errs towards both parts staying as they are. Nothing here asks a model: OCRFlux's own decisions, of which
-elements belong together, come in as `Joint`s.
+Every rule errs towards both parts staying as they are. Nothing here asks a model: what one says of which elements
+belong together comes in as `Joint`s, and is not believed where a table has lost something by it.
 """
 
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,7 +129,7 @@ class Joined(msgspec.Struct, frozen=True):
 class Joint(msgspec.Struct, frozen=True):
     """A model's word that two elements are one: `first` of `elements(page)`, `second` of those of the next page.
 
-    `html`: for two tables, what the model made of them; "" leaves it to our own rule.
+    `html`: for two tables, as `merged_table` has it; "" leaves it to our own rule.
     """
 
     first: int
@@ -155,16 +155,22 @@ def repeated_lines(pages: Iterable[Page]) -> frozenset[str]:
     """The running heads of pages whose model gives no labels, for `joined`: one walk over the document before it.
 
     A line that is first or last, or next to it, on most pages, or on most of the odd or the even ones, and on three
-    at least; but for a number that counts with the pages.
+    at least; but for a number that counts with the pages. And what the model labels so on a page, for those that it
+    did not label: read in another mode, or from their text layer.
     """
     walked: Counter[int] = Counter()
     lines: Counter[tuple[int, str]] = Counter()
+    labelled: set[str] = set()
     for page in pages:
         walked[page.number % 2] += 1
-        edge = _edge_lines(elements(page))
+        blocks = elements(page)
+        heads = (line for block in blocks if block.label in RUNNING_HEADS for line in block.text.split("\n"))
+        labelled.update(key for line in heads for key in _keys(line, page.number) if not key.isdigit())
+        edge = _edge_lines(blocks)
         lines.update({(page.number % 2, key) for _, _, line in edge for key in _keys(line, page.number)})
     keys = {key for _, key in lines}
-    return frozenset(key for key in keys if _is_repeated([lines[0, key], lines[1, key]], [walked[0], walked[1]]))
+    repeated = (key for key in keys if _is_repeated([lines[0, key], lines[1, key]], [walked[0], walked[1]]))
+    return frozenset(repeated) | labelled
 
 
 def joined(
@@ -173,22 +179,31 @@ def joined(
     running_heads: Literal["keep", "drop"] = "keep",
     join_pages: bool = True,
     repeated: Collection[str] = frozenset(),
-    joints: Mapping[int, Sequence[Joint]] | None = None,
+    joints: Callable[[int], Sequence[Joint] | None] = lambda number: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Joined]:
     """The document's parts in order. `pages` come in order; a page or two are held at a time.
 
-    `repeated`: from `repeated_lines`, of which "drop" leaves out what stands at the edge of a page. `joints`: by the
-    number of the first of two pages, and for these instead of our rules; one that cannot be is ignored, and told to
-    `warn`. Boxes are those of the page on which a part begins.
+    `repeated`: from `repeated_lines`, of which "drop" leaves out what stands at the edge of a page. `joints`: of a page
+    and the next, by the number of the first, and for these instead of our rules, which hold where it gives None; a
+    joint that cannot be is ignored, and told to `warn`. Boxes are those of the page on which a part begins.
     """
-    seam = _Seam(joints or {}, warn)
+    seam = _Seam(joints, warn)
     for page in pages:
-        parts = [_Part(page.number, index, block) for index, block in enumerate(elements(page))]
+        parts = _with_heads_apart(elements(page), page.number, repeated)
         if running_heads == "drop":
-            parts = _without_heads(parts, repeated)
+            parts = [part for part in parts if part.block.label not in RUNNING_HEADS]
         yield from seam.passed(page, parts, join=join_pages)
     yield from seam.rest()
+
+
+def merged_table(first: str, second: str, told: str) -> str:
+    """What a model made of two tables, all three as HTML, written anew; "" where it is not both of them.
+
+    Nothing may have come to it, and nothing of the two be gone but the header that the second repeats.
+    """
+    table = _both(parse_table(told), parse_table(first), parse_table(second))
+    return table_html(table) if table else ""
 
 
 @dataclass(slots=True, eq=False)
@@ -215,25 +230,28 @@ class _Part:
 class _Seam:
     """Between the pages that have passed and the next: the parts that may still grow, and those after them."""
 
-    def __init__(self, joints: Mapping[int, Sequence[Joint]], warn: Callable[[str], None]) -> None:
+    def __init__(self, joints: Callable[[int], Sequence[Joint] | None], warn: Callable[[str], None]) -> None:
         self._joints = joints
         self._warn = warn
         self._number = 0
         self._open: list[_Part] = []
         self._of_page: dict[int, _Part] = {}  # by index, what the elements of the last page have become part of
+        self._own: dict[int, Block] = {}  # the same elements, as they were before
         self._tail: _Part | None = None  # what the next page may go on with
 
     def passed(self, page: Page, parts: list[_Part], *, join: bool) -> Iterator[Joined]:
         """The parts that no later page can change."""
         of_page = {part.index: part for part in parts}
+        own = {part.index: part.block for part in parts}
         if not join or page.number != self._number + 1 or page.source == "nothing":
             self._tail, self._of_page = None, {}
-        if join and self._number in self._joints:
-            parts = self._joined_as_told(of_page)
+        told = self._joints(self._number) if self._of_page else None
+        if told is not None:
+            parts = self._joined_as_told(told, of_page)
         elif self._tail:
             parts = self._joined_by_rule(self._tail, parts, of_page)
         self._tail = next((part for part in reversed(parts) if part.kind not in PASSED_OVER), self._tail)
-        self._number, self._of_page = page.number, of_page
+        self._number, self._of_page, self._own = page.number, of_page, own
         self._open += parts
         may_grow = {id(part) for part in [*of_page.values(), self._tail]}
         done = next((at for at, part in enumerate(self._open) if id(part) in may_grow), len(self._open))
@@ -243,12 +261,12 @@ class _Seam:
     def rest(self) -> Iterator[Joined]:
         return (part.finished() for part in self._open)
 
-    def _joined_as_told(self, of_page: dict[int, _Part]) -> list[_Part]:
+    def _joined_as_told(self, joints: Sequence[Joint], of_page: dict[int, _Part]) -> list[_Part]:
         """The parts of a page that its joints have left to it."""
         parts = dict(of_page)
-        for joint in self._joints[self._number]:
+        for joint in joints:
             first, second = self._of_page.get(joint.first), parts.get(joint.second)
-            if first and second and _join_as_told(first, second, joint.html):
+            if first and second and _join_as_told(first, self._own[joint.first], second, joint.html):
                 of_page[joint.second] = first
                 del parts[joint.second]
             else:
@@ -274,10 +292,11 @@ def _join_by_rule(first: _Part, second: _Part) -> bool:
     return False
 
 
-def _join_as_told(first: _Part, second: _Part, html: str) -> bool:
+def _join_as_told(first: _Part, own: Block, second: _Part, html: str) -> bool:
+    """`own`: what the page before has of `first`, which may have begun on an earlier one."""
     kinds = {first.kind, second.kind}
     if kinds == {"table"}:
-        return _join_told_table(first, second, parse_table(html)) or _join_tables(first, second)
+        return _join_told_table(first, own, second, html) or _join_tables(first, second)
     return kinds <= {"paragraph", "list", "caption", "note"} and _join_texts(first, second)
 
 
@@ -313,8 +332,13 @@ def _goes_on(first: str, second: str) -> bool:
         return True
     if beginning.isupper() or beginning.isdigit() or second.startswith(("$", "\\(")):
         return last in ",，、—–&" or _CONNECTING.search(first[-20:]) is not None
-    # A writing without capitals: a name, a date or a heading has no mark, and is short.
-    return beginning.isalpha() and len(first) >= SHORTEST_UNCASED and any(mark in second for mark in _MARKS)
+    # A writing without capitals, as before the page's end: a name, a date or a heading has no mark, and is short.
+    is_of_it = len(first) >= SHORTEST_UNCASED and any(map(_is_uncased, first[-SHORTEST_UNCASED:]))
+    return is_of_it and beginning.isalpha() and any(mark in second for mark in _MARKS)
+
+
+def _is_uncased(char: str) -> bool:
+    return char.isalpha() and char.lower() == char.upper()
 
 
 def _is_unspaced(char: str) -> bool:
@@ -332,10 +356,12 @@ def _says_continued(text: str) -> bool:
 
 
 def _table(part: _Part) -> Table:
-    if part.table is not None:
-        return part.table
-    pipes = None if part.block.html else parse_pipes(part.block.text)
-    return _without_headers(pipes) if pipes else parse_table(part.block.html or part.block.text)
+    return part.table if part.table is not None else _table_in(part.block)
+
+
+def _table_in(block: Block) -> Table:
+    pipes = None if block.html else parse_pipes(block.text)
+    return _without_headers(pipes) if pipes else parse_table(block.html or block.text)
 
 
 def _without_headers(pipes: Table) -> Table:
@@ -354,25 +380,63 @@ def _join_tables(first: _Part, second: _Part) -> bool:
     return True
 
 
-def _join_told_table(first: _Part, second: _Part, table: Table) -> bool:
-    """Not where the model lost rows of either."""
-    if not table.columns or table.cut or len(table.rows) < max(len(_table(first).rows), len(_table(second).rows)):
+def _join_told_table(first: _Part, own: Block, second: _Part, html: str) -> bool:
+    upper = _table_in(own)
+    table = _both(parse_table(html), upper, _table(second))
+    if table and first.table:
+        table = _continued(first.table, upper, table)
+    if table is None:
         return False
     first.table = table
     return True
+
+
+def _both(told: Table, upper: Table, lower: Table) -> Table | None:
+    """`told` where it has all that the two have, but for a header that `lower` repeats, and nothing else."""
+    if not upper.rows or not lower.rows or len(told.rows) < max(len(upper.rows), len(lower.rows)):
+        return None
+    given, said = _letters(upper.rows) + _letters(lower.rows), _letters(told.rows)
+    is_whole = said <= given and given - said <= _letters(lower.rows[: _repeated_rows(upper, lower)])
+    if not is_whole or told.cut or upper.cut or lower.cut:
+        return None
+    return msgspec.structs.replace(told, caption=upper.caption)
+
+
+def _letters(rows: Sequence[Row]) -> Counter[str]:
+    """And digits: a hyphen goes where a word is put together, and spaces do not matter."""
+    return Counter(char for row in rows for cell in row if cell for char in cell.text if char.isalnum())
+
+
+def _continued(table: Table, upper: Table, told: Table) -> Table | None:
+    """`table`, which ends with `upper`, and of `told`, which begins with it, the rest; None where that is not so.
+
+    The last row of `upper` may have grown: the page break has cut it.
+    """
+    before = len(upper.rows) - 1
+    ends_with_it = table.columns == told.columns and table.rows[-1] == upper.rows[-1]
+    rows = table.rows[:-1] + told.rows[before:]
+    if not ends_with_it or told.rows[:before] != upper.rows[:before] or len(rows) * table.columns > MOST_CELLS:
+        return None
+    return msgspec.structs.replace(table, rows=rows)
 
 
 def _rows_going_on(upper: Table, lower: Table) -> tuple[Row, ...] | None:
     """The rows of `lower` that go on with `upper`, without the header that it repeats; None where it is a new table."""
     if upper.cut or lower.cut or not upper.columns or upper.columns != lower.columns:
         return None
-    header = upper.rows[: _header_depth(upper)]
-    repeated = lower.rows[: len(header)]
-    if list(map(_row_key, header)) == list(map(_row_key, repeated)):
-        return lower.rows[len(header) :]
+    repeated = _repeated_rows(upper, lower)
+    if repeated:
+        return lower.rows[repeated:]
     if upper.columns == 1 or _has_header(lower, upper):
         return None
     return lower.rows
+
+
+def _repeated_rows(upper: Table, lower: Table) -> int:
+    """How many rows of `lower` are the header of `upper` once more: all of it, or none."""
+    header = upper.rows[: _header_depth(upper)] if upper.rows else ()
+    repeated = list(map(_row_key, header)) == list(map(_row_key, lower.rows[: len(header)]))
+    return len(header) if repeated else 0
 
 
 def _header_depth(table: Table) -> int:
@@ -459,19 +523,32 @@ def _paragraphs(text: str) -> Iterator[str]:
         yield "\n".join(lines)
 
 
-def _without_heads(parts: list[_Part], repeated: Collection[str]) -> list[_Part]:
-    parts = [part for part in parts if part.block.label not in RUNNING_HEADS]
-    edges = [part.block for part in parts]
-    gone = {
-        (at, number)
-        for at, number, line in _edge_lines(edges)
-        if any(key in repeated for key in _keys(line, parts[at].page))
-    }
-    for at in {at for at, _ in gone}:
-        lines = enumerate(parts[at].block.text.split("\n"))
-        text = "\n".join(line for number, line in lines if (at, number) not in gone)
-        parts[at].block = msgspec.structs.replace(parts[at].block, text=text)
-    return [part for at, part in enumerate(parts) if part.block.text.strip() or part.block.asset]
+def _with_heads_apart(blocks: Sequence[Block], page: int, repeated: Collection[str]) -> list[_Part]:
+    """The elements of a page, each by its place, and the running heads that were a part of one, by numbers below 0."""
+    heads: dict[int, set[int]] = {}
+    for at, number, line in _edge_lines(blocks):
+        if any(key in repeated for key in _keys(line, page)):
+            heads.setdefault(at, set()).add(number)
+    further = itertools.count(-1, -1)
+    parts = []
+    for at, block in enumerate(blocks):
+        if at not in heads:
+            parts.append(_Part(page, at, block))
+            continue
+        index = at
+        for is_head, text in _lines_apart(block.text, heads[at]):
+            if is_head:
+                parts.append(_Part(page, next(further), Block(label="header", text=text)))
+            elif text.strip():
+                parts.append(_Part(page, index, msgspec.structs.replace(block, text=text)))
+                index, block = next(further), msgspec.structs.replace(block, boxes=())
+    return parts
+
+
+def _lines_apart(text: str, heads: Collection[int]) -> Iterator[tuple[bool, str]]:
+    """The text in pieces of whole lines, and of each whether its lines are `heads`."""
+    for is_head, lines in itertools.groupby(enumerate(text.split("\n")), lambda line: line[0] in heads):
+        yield is_head, "\n".join(line for _, line in lines)
 
 
 def _edge_lines(blocks: Sequence[Block]) -> Iterator[tuple[int, int, str]]:

@@ -2,7 +2,7 @@
 
 import io
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -19,6 +19,7 @@ MOST_BOXES = 2000
 FONT_SIZE = 7.0
 # Courier's letters are all as wide, so that a label can be measured without the font.
 LETTER = 0.6 * FONT_SIZE
+LABEL_HEIGHT = FONT_SIZE + 3
 
 Colour = tuple[float, float, float]
 COLOURS: dict[str, Colour] = {
@@ -151,16 +152,24 @@ def _picture(path: Path) -> _Picture | None:
 
 def _overlay(page: Page, width: float, height: float) -> list[bytes]:
     drawn = []
-    boxes = [(which, block.label, box) for which, block in enumerate(page.blocks, 1) for box in block.boxes]
+    boxes = [
+        (which, block.label, further, box)
+        for which, block in enumerate(page.blocks, 1)
+        for further, box in enumerate(block.boxes)
+    ]
     if page.width > 0 and page.height > 0:
-        for which, label, box in boxes[:MOST_BOXES]:
+        for which, label, further, box in boxes[:MOST_BOXES]:
             left, top, right, bottom = as_shares(box, page.width, page.height)
             colour = _colour_of(label)
             drawn.append(
                 b"%.2f %.2f %.2f RG 1 w %.2f %.2f %.2f %.2f re S"
                 % (*colour, left * width, (1 - bottom) * height, (right - left) * width, (bottom - top) * height)
             )
-            drawn.append(_label(f"{which} {label}", colour, left * width, (1 - top) * height, width, height))
+            if further:  # the block's own text is above it
+                x, y = left * width - _width_of(str(which)), (1 - top) * height - LABEL_HEIGHT
+                drawn.append(_label(str(which), colour, x, y, width, height))
+            else:
+                drawn.append(_label(f"{which} {label}", colour, left * width, (1 - top) * height, width, height))
     notes = _notes(page, len(boxes) - MOST_BOXES)
     if notes:
         drawn.append(_label(f"page {page.number}: {'; '.join(notes)}", COLOURS["title"], 2, 2, width, height))
@@ -182,21 +191,25 @@ def _colour_of(label: str) -> Colour:
     return COLOURS.get(label) or OTHER_COLOURS[zlib.crc32(label.encode("utf-8", "replace")) % len(OTHER_COLOURS)]
 
 
+def _width_of(letters: Sized) -> float:
+    return len(letters) * LETTER + 4
+
+
 def _label(text: str, colour: Colour, x: float, y: float, width: float, height: float) -> bytes:
-    """White on the colour, from the left end of a box and above it, moved to where it can be read.
+    """White on the colour, from (x, y) to the right and up, moved to where it can be read.
 
     The fonts that every viewer has know Western letters alone; "?" stands for others.
     """
     letters = " ".join(text.split())[: max(1, int((width - 4) / LETTER))].encode("cp1252", "replace")
-    wide, high = len(letters) * LETTER + 4, FONT_SIZE + 3
-    x, y = max(0.0, min(x, width - wide)), max(0.0, min(y, height - high))
+    wide = _width_of(letters)
+    x, y = max(0.0, min(x, width - wide)), max(0.0, min(y, height - LABEL_HEIGHT))
     escaped = letters.replace(b"\\", b"\\\\").replace(b"(", b"\\(").replace(b")", b"\\)")
     return b"%.2f %.2f %.2f rg %.2f %.2f %.2f %.2f re f BT /F %.1f Tf 1 g %.2f %.2f Td (%s) Tj ET" % (
         *colour,
         x,
         y,
         wide,
-        high,
+        LABEL_HEIGHT,
         FONT_SIZE,
         x + 2,
         y + 3,

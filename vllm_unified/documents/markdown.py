@@ -6,6 +6,7 @@ HTML, sanitised HTML; whatever is made of a document is made of the last, so tha
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import nh3
@@ -19,17 +20,16 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 
+from vllm_unified.documents.tables import MOST_CELLS, MOST_COLUMNS, beginnings, placed
+
 # A figure of the document, as the Markdown links it. No other image is ever shown.
 FIGURE = re.compile(r"images/[A-Za-z0-9_-]{1,100}\.(?:jpe?g|png|gif|webp)", re.ASCII)
 
 PART_CHARACTERS = 1 << 16
 LONGEST_PART = 1 << 17
 # Beyond these a table is written as its text alone.
-MOST_CELLS = 50_000
+MOST_WRITTEN_CELLS = 50_000
 LONGEST_TABLE = 1 << 22
-MOST_COLUMNS = 1000
-# With the slots that merged cells take; beyond it a cell takes one.
-MOST_SLOTS = 200_000
 DEEPEST = 100
 MOST_FORMATTING = 8
 LONGEST_FORMULA = 10_000
@@ -129,7 +129,7 @@ def _unfinished_table(text: str, *, nested: bool) -> Iterator[_Part]:
 
 def _whole_table(text: str) -> Iterator[_Part]:
     lowered = text.lower()
-    if len(text) <= LONGEST_TABLE and lowered.count("<td") + lowered.count("<th") <= MOST_CELLS:
+    if len(text) <= LONGEST_TABLE and lowered.count("<td") + lowered.count("<th") <= MOST_WRITTEN_CELLS:
         yield _Part(text, is_table=True)
         return
     rows = re.sub(r"</tr\s{0,4}>", "\n", text, flags=re.I)
@@ -358,37 +358,69 @@ class Paragraph(NamedTuple):
         return "".join(span.text for span in self.spans)
 
 
-class Cell(NamedTuple):
-    """It takes `rows` times `columns` slots of the grid, from `row` and `column` on."""
+@dataclass(slots=True, eq=False)
+class Cell:
+    """It takes `rowspan` times `colspan` places of the grid, from `row` and `column` on. No `element`: it is empty."""
 
-    row: int
-    column: int
-    rows: int
-    columns: int
-    is_header: bool
-    align: str
-    element: Any
+    element: Any = None
+    colspan: int = 1
+    rowspan: int = 1
+    row: int = 0
+    column: int = 0
+
+    @property
+    def is_header(self) -> bool:
+        return self.element is not None and (
+            self.element.tag == "th" or next(self.element.iterancestors("thead", "table")).tag == "thead"
+        )
+
+    @property
+    def align(self) -> str:
+        return "" if self.element is None else self.element.get("align") or ""
+
+    @property
+    def text(self) -> str:
+        return " ".join(paragraph.text for paragraph in self.paragraphs)
 
     @property
     def paragraphs(self) -> Iterator[Paragraph]:
         """Without a table in it: that one's rows are paragraphs."""
-        for block in _walk(self.element):
+        for block in () if self.element is None else _walk(self.element):
             if isinstance(block, Paragraph):
                 yield block
             else:
-                for cells in block.rows:
-                    texts = (" ".join(p.text for p in cell.paragraphs) for cell in cells if cell is not None)
-                    yield Paragraph((Span("  ".join(texts)),))
+                yield from block.lines
 
 
 class Table(NamedTuple):
-    """A slot holds the cell that covers it, None where none does. A row may be shorter than another."""
+    """In each place of `rows`, all of one length, stands the cell that covers it."""
 
-    rows: list[list[Cell | None]]
+    rows: list[list[Cell]]
 
     @property
     def columns(self) -> int:
-        return max(map(len, self.rows))
+        return len(self.rows[0])
+
+    @property
+    def header_rows(self) -> int:
+        """How many rows at the top hold nothing but headers."""
+        return next((at for at, cells in enumerate(self.rows) if not _is_header(cells)), len(self.rows))
+
+    @property
+    def lines(self) -> Iterator[Paragraph]:
+        """Each row as a paragraph, for where no table can stand."""
+        rows: list[list[Cell]] = [[] for _ in self.rows]
+        for row, _, cell in beginnings(self.rows):
+            rows[row].append(cell)
+        return map(_line, rows)
+
+
+def _line(cells: list[Cell]) -> Paragraph:
+    return Paragraph((Span("  ".join(cell.text for cell in cells)),))
+
+
+def _is_header(cells: list[Cell]) -> bool:
+    return any(cell.is_header for cell in cells) and all(cell.is_header or cell.element is None for cell in cells)
 
 
 def blocks(fragment: str) -> Iterator[Paragraph | Table]:
@@ -547,40 +579,18 @@ def _table(element: Any) -> Iterator[Paragraph | Table]:
     if caption is not None:
         for block in _walk(caption):
             yield block._replace(align="center") if isinstance(block, Paragraph) else block
-    if rows := _grid_of(element):
-        yield Table(rows)
+    trs = [tr for tr in element.iter("tr") if next(tr.iterancestors("table")) is element]
+    rows = [[_cell(each) for each in tr.iterchildren("td", "th")] for tr in trs]
+    grid, cut = placed(rows, Cell)
+    for row, column, cell in beginnings(grid):
+        cell.row, cell.column = row, column
+    if cut:
+        yield from (_line(cells) for cells in rows if cells)
+    elif grid:
+        yield Table(grid)
 
 
-def _grid_of(table: Any) -> list[list[Cell | None]]:
-    """The cells of a `<table>`, each in all the slots that it covers. No slot is covered twice."""
-    trs = [tr for tr in table.iter("tr") if next(tr.iterancestors("table")) is table]
-    grid: list[list[Cell | None]] = [[] for _ in trs]
-    slots = 0
-    for row, tr in enumerate(trs):
-        column = 0
-        for element in tr.iterchildren("td", "th"):
-            while column < len(grid[row]) and grid[row][column] is not None:
-                column += 1
-            rows, columns = _spans_of(element, len(trs) - row, _free(grid[row], column))
-            if slots + rows * columns > MOST_SLOTS:
-                rows = columns = 1
-            slots += rows * columns
-            is_header = element.tag == "th"
-            cell = Cell(row, column, rows, columns, is_header, element.get("align") or "", element)
-            for covered in grid[row : row + rows]:
-                covered.extend([None] * (column + columns - len(covered)))
-                covered[column : column + columns] = [cell] * columns
-            column += columns
-    return grid if any(grid) else []
-
-
-def _spans_of(element: Any, rows: int, columns: int) -> tuple[int, int]:
+def _cell(element: Any) -> Cell:
     down, across = int(element.get("rowspan") or 1), int(element.get("colspan") or 1)
     # HTML: a rowspan of 0 reaches to the last row.
-    return min(down or rows, rows), max(1, min(across, columns))
-
-
-def _free(cells: list[Cell | None], column: int) -> int:
-    """Slots free from `column` on, to the next cell or to MOST_COLUMNS."""
-    taken = next((at for at in range(column, len(cells)) if cells[at] is not None), MOST_COLUMNS)
-    return max(1, taken - column)
+    return Cell(element, min(max(across, 1), MOST_COLUMNS), min(down or MOST_CELLS, MOST_CELLS))

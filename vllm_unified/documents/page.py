@@ -7,8 +7,13 @@ import msgspec
 # x1, y1, x2, y2 in pixels of the page's image as it was read: upright, (0, 0) at the top left, x1 <= x2 <= width.
 Box = tuple[int, int, int, int]
 
-FIGURES = frozenset({"image", "figure", "picture", "chart", "diagram"})
-RUNNING_HEADS = frozenset({"header", "footer", "page_number", "page-header", "page-footer", "page_footer"})
+# Labels of DeepSeek-OCR and of those who made its training data: PP-DocLayout, which has a `number` for a page's and
+# an image within a head, and MinerU; of DocTags, with an underscore; of dots.ocr, with a hyphen.
+FIGURES = frozenset({"image", "figure", "picture", "chart", "diagram", "header_image", "footer_image"})
+RUNNING_HEADS = frozenset(
+    {"header", "footer", "page_number", "number", "header_image", "footer_image"}
+    | {"page_header", "page_footer", "page-header", "page-footer"}
+)
 
 
 class Block(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -50,6 +55,8 @@ class Page(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    # What the engine makes of the resolution mode that was asked for; "" of a model that has no modes.
+    resolution_used: str = ""
 
 
 def as_shares(box: Box, width: int, height: int) -> tuple[float, float, float, float]:

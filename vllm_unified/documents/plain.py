@@ -66,10 +66,10 @@ def _said(span: Span) -> str:
 
 
 def _table(table: Table) -> Iterator[str]:
-    rows = [[cell for column, cell in enumerate(cells) if cell and cell.column == column] for cells in table.rows]
+    rows = [[cell for column, cell in enumerate(cells) if cell.column == column] for cells in table.rows]
     texts = {id(cell): "\n".join(_plain(p.spans) for p in cell.paragraphs) for cells in rows for cell in cells}
     widths = _widths(table.columns, rows, texts)
-    headers = _leading_headers(rows)
+    headers = table.header_rows
     wraps = False
     for row, cells in enumerate(rows):
         held = [(cell, _wrapped(texts[id(cell)] if cell.row == row else "", _width_of(cell, widths))) for cell in cells]
@@ -88,19 +88,14 @@ def _widths(columns: int, rows: list[list[Cell]], texts: dict[int, str]) -> list
     widths = [1] * columns
     for cells in rows:
         for cell in cells:
-            if cell.columns == 1:
+            if cell.colspan == 1:
                 longest = max(cell_len(line) for line in texts[id(cell)].split("\n"))
                 widths[cell.column] = min(WIDEST_COLUMN, max(widths[cell.column], longest))
     return widths
 
 
 def _width_of(cell: Cell, widths: list[int]) -> int:
-    return sum(widths[cell.column : cell.column + cell.columns]) + len(GAP) * (cell.columns - 1)
-
-
-def _leading_headers(rows: list[list[Cell]]) -> int:
-    """How many rows at the top are of header cells alone."""
-    return next((row for row, cells in enumerate(rows) if not all(cell.is_header for cell in cells)), len(rows))
+    return sum(widths[cell.column : cell.column + cell.colspan]) + len(GAP) * (cell.colspan - 1)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -128,5 +123,5 @@ def _line(cells: list[tuple[Cell, str]], widths: list[int]) -> str:
         room = " " * max(0, _width_of(cell, widths) - cell_len(text))
         half = len(room) // 2
         line.append({"right": room + text, "center": room[:half] + text + room[half:]}.get(cell.align, text + room))
-        at += cell.columns
+        at += cell.colspan
     return GAP.join(line)

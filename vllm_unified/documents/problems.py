@@ -1,6 +1,11 @@
 """What a client of the document service can be told that went wrong."""
 
-from collections.abc import Mapping
+import contextlib
+import errno
+from collections.abc import Iterator, Mapping
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL_DISK = "the disk is full that documents are kept on, or its quota is used up"
 
 
 class DocumentError(Exception):
@@ -14,3 +19,20 @@ class DocumentError(Exception):
         self.status = status
         self.code = code
         self.headers = dict(headers or {})
+
+
+def full_disk(then: str) -> DocumentError:
+    """`then`: what to do when there is space again."""
+    message = f"{FULL_DISK}; free some space in data/documents, or lower documents.keep_gib, and then {then}"
+    return DocumentError(507, message, code="no_space")
+
+
+@contextlib.contextmanager
+def on_disk(then: str = "send it again") -> Iterator[None]:
+    """Around what writes files; as a decorator, too. Raises DocumentError 507 where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise full_disk(then) from error
+        raise

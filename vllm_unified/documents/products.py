@@ -111,6 +111,7 @@ def raw_page(page: Page) -> dict[str, Any]:
         "boxes": boxes_of(page),
         "image_assets": [block.asset for block in page.blocks if block.asset],
         "image_dims": {"w": page.width, "h": page.height},
+        "resolution_used": page.resolution_used or None,
         "blocks": [_raw_block(block, page) for block in page.blocks],
         "source": page.source,
         "reason": page.reason,
@@ -285,12 +286,16 @@ def _by_numbers(figure: str) -> list[tuple[int, str]]:
 
 
 def _write_archive(folder: Path, name: str, images: Iterable[str]) -> None:
-    """result.md, raw.json and images/ under the names that clients look for, the others named after the upload."""
-    named = {file: file if file in (RESULT, RAW) else name_for(file, name) for file in PRODUCTS if file != ARCHIVE}
+    """result.md, raw.json and images/ under the names that clients look for, the others named after the upload.
+
+    Without layout.pdf: it is as large as all the others, and no text but a proof of the boxes.
+    """
+    inside = (file for file in PRODUCTS if file not in (LAYOUT, ARCHIVE))
+    named = {file: file if file in (RESULT, RAW) else name_for(file, name) for file in inside}
     with _replacing(folder / ARCHIVE) as file, zipfile.ZipFile(file, "w") as archive:
-        for member, inside in (*named.items(), *((image, image) for image in images)):
+        for member, entry in (*named.items(), *((image, image) for image in images)):
             if (folder / member).is_file():
-                _archive(archive, folder / member, inside)
+                _archive(archive, folder / member, entry)
 
 
 def _archive(archive: zipfile.ZipFile, path: Path, inside: str) -> None:

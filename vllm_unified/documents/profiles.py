@@ -3,8 +3,9 @@
 Sources: the models' own repositories, which stand at each profile, and vLLM's processors of them.
 """
 
+import base64
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -38,6 +39,20 @@ class Resolution(msgspec.Struct, frozen=True):
     used: str
 
 
+class Merge(msgspec.Struct, frozen=True):
+    """How a model is asked what a page break has cut, where it was trained for that.
+
+    `pairs`: which elements of two pages go on, a template with `previous` and `following`: a text each of `element`s
+    with `number`, from 0, and `text`. The answer is `[(3, 0)]`. `tables`: two tables as one, a template with `first`
+    and `second`, all in HTML. `image`: a PNG that goes with the words, since the model never saw any without.
+    """
+
+    pairs: str
+    element: str
+    tables: str
+    image: bytes
+
+
 class Profile(msgspec.Struct, frozen=True):
     """How a family of models is asked and understood.
 
@@ -45,7 +60,7 @@ class Profile(msgspec.Struct, frozen=True):
     model's name or path. `prompts`: by mode. `longest_side`: pixels of the page's image, when no resolution is
     asked for. `fields` go with every request, `stronger` with one whose first try repeated itself. `guard`: the
     model has vLLM's n-gram logits processor, and `whitelist` are the tokens that may repeat. `max_tokens`: no
-    page needs more in an answer.
+    page needs more in an answer. `merge`: None leaves page breaks to our own rules.
     """
 
     name: str
@@ -61,6 +76,7 @@ class Profile(msgspec.Struct, frozen=True):
     image_first: bool = True
     system: str | None = None
     resolutions: tuple[Resolution, ...] = ()
+    merge: Merge | None = None
 
 
 # vLLM serves Gundam alone (vllm/transformers_utils/processors/deepseek_ocr.py): one view of 1024 x 1024, and tiles
@@ -83,6 +99,21 @@ _DEEPSEEK_PROMPTS: Mapping[Mode, str] = {
     "describe": "Describe this image in detail.",
     "find": "Locate <|ref|>{term}<|/ref|> in the image.",
 }
+
+# 28 x 28 pixels of black, the smallest picture that the model takes.
+_BLACK = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAIAAAD9b0jDAAAAGUlEQVR42u3BMQEAAADCoPVPbQdvoAAAeA0JTAABY3ZqfQAAAABJRU5ErkJggg=="
+)
+_OCRFLUX_MERGE = Merge(
+    pairs="Below are two consecutive pages in Markdown format, where each element of them is numbered. Identify pairs "
+    "of elements which should be merged across the two pages, such as text paragraphs or tables that span across the "
+    "two pages. Return pairs as [(element_index_of_page1, element_index_of_page2), ...] or [] if no elements should "
+    "be merged.\nPrevious page:\n{previous}Next page:\n{following}",
+    element="{number}. {text}\n\n",
+    tables="Below are two tables in HTML format, merge them into one table in HTML format.\n"
+    "TABLE 1:\n{first}\nTABLE 2:\n{second}\n",
+    image=_BLACK,
+)
 
 # The more particular name stands before the one that it contains.
 PROFILES = (
@@ -127,6 +158,7 @@ PROFILES = (
         "ocrflux-json",
         longest_side=1024,
         image_first=False,
+        merge=_OCRFLUX_MERGE,
     ),
     # https://github.com/vllm-project/recipes: PaddlePaddle/PaddleOCR-VL.md; it was made for parts of a page.
     Profile(
@@ -242,6 +274,25 @@ def _without_image_token(text: str) -> str:
     return text
 
 
+def pairs_prompt(merge: Merge, previous: Sequence[str], following: Sequence[str]) -> str:
+    """Which elements of two pages go on across the page break."""
+
+    def listed(texts: Sequence[str]) -> str:
+        return "".join(merge.element.format(number=n, text=_without_tokens(text)) for n, text in enumerate(texts))
+
+    return merge.pairs.format(previous=listed(previous), following=listed(following))
+
+
+def tables_prompt(merge: Merge, first: str, second: str) -> str:
+    """Two tables as one, in HTML."""
+    return merge.tables.format(first=_without_tokens(first), second=_without_tokens(second))
+
+
+def _without_tokens(text: str) -> str:
+    """What stands on a page is no special token, whatever it looks like."""
+    return text.replace("<|", "< |").replace("<｜", "< ｜")
+
+
 def resolution_of(options: Options, profile: Profile) -> Resolution | None:
     """The resolution mode that the client asked for; None where it said nothing. Raises DocumentError 400.
 
@@ -270,6 +321,14 @@ def longest_side(options: Options, profile: Profile) -> int:
     """Pixels that a page's longer side may have at most."""
     resolution = resolution_of(options, profile)
     return resolution.longest_side if resolution else profile.longest_side
+
+
+def resolution_used(options: Options, profile: Profile) -> str:
+    """What the engine makes of the mode that was asked for, or of none; "" of a model that has no modes."""
+    asked = resolution_of(options, profile)
+    without = (each for each in profile.resolutions if each.longest_side == profile.longest_side)
+    found = asked or next(without, None)
+    return found.used if found else ""
 
 
 def sampling(

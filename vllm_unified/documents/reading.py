@@ -60,6 +60,7 @@ NOISE = Problem(5, "is mostly special tokens")
 REFUSED = Problem(5, "reads as if the model refused")
 EMPTY = Problem(9, "is empty")
 _MALFORMED = 2
+FAILED = "the document service failed"
 
 
 class _Sheet(NamedTuple):
@@ -117,7 +118,7 @@ async def read_page(
         await reader.read(_Sheet(image, width, height))
     except Exception as error:
         log.exception("page %d", number)
-        reader.failures.append(f"the document service failed: {type(error).__name__}")
+        reader.failures.append(f"{FAILED}: {type(error).__name__}")
     return reader.page(number, width, height, text_layer)
 
 

@@ -16,16 +16,18 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from vllm_unified.documents import figures, joining, products, profiles, uploads, webhooks
+from vllm_unified.documents import figures, guard, joining, merging, products, profiles, uploads, webhooks
 from vllm_unified.documents.answers import Rotation
 from vllm_unified.documents.engine import Engine, EngineError, InFlight, OcrModel
 from vllm_unified.documents.fetching import AddressRule, fetch
 from vllm_unified.documents.grounding import grounded
 from vllm_unified.documents.jobs import Jobs, Room, Status
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.kinds import HEAD_BYTES, Kind, require_kind
+from vllm_unified.documents.metrics import Metrics
 from vllm_unified.documents.options import Options, pages_of
 from vllm_unified.documents.page import Page
-from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.problems import DocumentError, on_disk
 from vllm_unified.documents.reading import read_page, request_of
 from vllm_unified.documents.rendering import Rendered, Renderer
 from vllm_unified.documents.store import Document, State, Store, Webhook
@@ -43,6 +45,7 @@ PAGES_AT_ONCE = 100  # of a result, read from the store
 # Answers that a client waits for end with the job, however long that takes; proxies in between may be less patient.
 LONGEST_JOB = 7 * DAY_SECONDS
 INPUT = "input"
+RETRY = "POST /api/tasks/{}/retry: what was read stays read"
 
 P = TypeVar("P")
 log = logging.getLogger(__name__)
@@ -76,11 +79,14 @@ class Service:
         self.engine = Engine(settings.router_url, settings.require_api_key())
         self.renderer = Renderer(max(2, (os.cpu_count() or 2) // 2), max_pages=given.max_pages)
         room = Room(pages=given.max_waiting_pages, pages_per_key=given.max_waiting_pages)
-        self.jobs = Jobs(self.store, self, self._limit, room=room)
+        self.metrics = Metrics(self.store, self.folder)
+        self.jobs = Jobs(self.store, self, self.pages_in_flight, room=room, note=self.metrics.note)
         self.allowed = AddressRule(tuple(given.allowed_networks), tuple(given.allowed_hosts))
         # What holds where a client says nothing.
         self.defaults = Options(dpi=given.dpi, retries=given.retries, join_pages=given.join_pages)
         self.max_upload_bytes = given.max_upload_mib << 20
+        self.guard = guard.UNTESTED
+        self._guarded = ""  # the model that it was tested with
         self.counts: dict[State, int] = {}  # documents in each state, as of LOOK_SECONDS ago
         self._in_flight = InFlight()
         self._reading = 0
@@ -90,7 +96,7 @@ class Service:
     async def start(self) -> None:
         await asyncio.to_thread(self._sweep)
         await self.jobs.start()
-        works = (self._watch_engine, self._count, self._expire, self._tell_ends)
+        works = (self._watch_engine, self._watch_guard, self._count, self._expire, self._tell_ends)
         self._beside = [asyncio.create_task(_for_ever(work)) for work in works]
 
     async def stop(self) -> None:
@@ -109,7 +115,7 @@ class Service:
     ) -> Document:
         """Accept a file, which belongs to its task from then on.
 
-        Raises DocumentError for what can't be read or is not allowed, 429 when too much waits.
+        Raises DocumentError for what can't be read or is not allowed, 429 when too much waits, 507 on a full disk.
         """
         try:
             self.jobs.check_room(key)
@@ -132,8 +138,9 @@ class Service:
                 webhook_secret=wishes.webhook_secret,
             )
             folder = self.folder_of(accepted.id)
-            await asyncio.to_thread(_move_in, upload.path, folder)
             try:
+                with on_disk():
+                    await asyncio.to_thread(_move_in, upload.path, folder)
                 document = await self.jobs.accept(accepted)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -154,12 +161,14 @@ class Service:
 
     async def fetched(self, url: str) -> Upload:
         """A file that stands at a client's URL. Raises DocumentError."""
-        folder = Path(tempfile.mkdtemp(dir=self.incoming))
+        with on_disk():
+            folder = Path(tempfile.mkdtemp(dir=self.incoming))
         try:
-            async with self._fetches:
-                found = await fetch(
-                    url, folder, max_bytes=self.max_upload_bytes, seconds=FETCH_SECONDS, allowed=self.allowed
-                )
+            with on_disk():
+                async with self._fetches:
+                    found = await fetch(
+                        url, folder, max_bytes=self.max_upload_bytes, seconds=FETCH_SECONDS, allowed=self.allowed
+                    )
             name = uploads.safe_name(found.name)
             kind = await asyncio.to_thread(_kind, found.path, name)
             path = self.incoming / f"upload-{uuid.uuid4().hex}"
@@ -253,22 +262,56 @@ class Service:
             )
         finally:
             self._reading -= 1
+        page = msgspec.structs.replace(page, resolution_used=profiles.resolution_used(options, profile))
         if not options.extract_images:
             return page
         upright = await rendered(page.rotation) if page.rotation else image
         return await self._with_figures(document, page, upright)
 
+    async def seams(self, document: Document) -> Sequence[int]:
+        options = document.options
+        model = await self.engine.find()
+        if model is None or model.profile(options).merge is None:  # none is waited for: rules do it too
+            return ()
+        is_asked = options.join_pages and options.mode == "markdown"
+        return await asyncio.to_thread(self.store.seams, document.id) if is_asked else ()
+
+    async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
+        model = await self.model()
+        first, second = await asyncio.to_thread(self.store.results, document.id, number - 1, 2)
+        self._reading += 1
+        try:
+            return await merging.joints(
+                lambda request: self.engine.ask(model.name, request, document.key),
+                first,
+                second,
+                document.options,
+                model.profile(document.options),
+                max_model_len=model.max_model_len,
+            )
+        except EngineError as error:
+            raise DocumentError(502, str(error), code="engine_error") from None
+        finally:
+            self._reading -= 1
+
     async def finish(self, document: Document) -> int:
         loop = asyncio.get_running_loop()
-        return await asyncio.to_thread(self._write_products, document, loop)
+        with on_disk(RETRY.format(document.id)):
+            return await asyncio.to_thread(self._write_products, document, loop)
 
     async def _with_figures(self, document: Document, page: Page, image: Rendered) -> Page:
-        page = figures.named(page)
-        wanted = figures.boxes_of(page)
+        """On a full disk the page has failed: its text stays, and a retry reads it again."""
+        named = figures.named(page)
+        wanted = figures.boxes_of(named)
         if wanted:
             cut = await self.renderer.crop(image.image, tuple(wanted.values()))
-            await asyncio.to_thread(_write_figures, self.folder_of(document.id), dict(zip(wanted, cut, strict=True)))
-        return page
+            files = dict(zip(wanted, cut, strict=True))
+            try:
+                with on_disk(RETRY.format(document.id)):
+                    await asyncio.to_thread(_write_figures, self.folder_of(document.id), files)
+            except DocumentError as error:
+                return msgspec.structs.replace(page, reason=str(error))
+        return named
 
     def _write_products(self, document: Document, loop: asyncio.AbstractEventLoop) -> int:
         """In a thread; the pages' images for layout.pdf are drawn again by the renderer of `loop`."""
@@ -310,13 +353,14 @@ class Service:
 
     def _joined(self, document: Document) -> Iterator[str]:
         """The Markdown of the whole, a comment before each page that something begins on."""
-        drop = document.options.running_heads == "drop"
-        repeated = joining.repeated_lines(self._pages(document.id)) if drop else frozenset()
+        repeated = joining.repeated_lines(self._pages(document.id))
         parts = joining.joined(
             self._pages(document.id),
             running_heads=document.options.running_heads,
             join_pages=document.options.join_pages,
             repeated=repeated,
+            joints=lambda number: self.store.joints(document.id, number),
+            warn=lambda message: log.warning("document %s: %s", document.id, message),
         )
         number = 0
         for part in parts:
@@ -339,6 +383,28 @@ class Service:
     async def _count(self) -> None:
         self.counts = await asyncio.to_thread(self.store.counts)
         await asyncio.sleep(LOOK_SECONDS)
+
+    async def _watch_guard(self) -> None:
+        """Tested once for each start of the engine."""
+        model = await self.engine.find()
+        if model is None or not model.ready:
+            self.guard, self._guarded = guard.UNTESTED, ""
+        elif model.name != self._guarded and await self._is_idle(model):
+            await self._test_guard(model)
+        await asyncio.sleep(LOOK_SECONDS)
+
+    async def _test_guard(self, model: OcrModel) -> None:
+        profile = model.profile(self.defaults)
+        self.guard = await guard.tested(lambda request: self.engine.ask(model.name, request), profile, self.defaults)
+        self._guarded = model.name
+        level = logging.INFO if self.guard.works else logging.WARNING
+        log.log(level, "guard against repetition, %s: %s", model.name, self.guard.message)
+
+    async def _is_idle(self, model: OcrModel) -> bool:
+        if self._reading:
+            return False
+        queue = await self.engine.queue(model.name)
+        return queue is None or not (queue.running or queue.waiting)
 
     async def _expire(self) -> None:
         given = self.settings.documents
@@ -374,7 +440,8 @@ class Service:
             log.warning("document %s: its webhook: %s", document.id, outcome.reason)
         await asyncio.to_thread(self.store.webhook_tried, document.id, None if pause is None else time.time() + pause)
 
-    def _limit(self) -> int:
+    def pages_in_flight(self) -> int:
+        """At most."""
         return self.settings.documents.pages_in_flight or self._in_flight.limit
 
     def _sweep(self) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +27,7 @@ from sqlalchemy import (
     StaticPool,
     Table,
     Text,
+    and_,
     create_engine,
     delete,
     event,
@@ -37,6 +38,7 @@ from sqlalchemy import (
     update,
 )
 
+from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
@@ -100,6 +102,13 @@ PAGES = Table(
     Column("reason", Text, nullable=False, server_default=""),
 )
 Index("pages_by_state", PAGES.c.document, PAGES.c.state, PAGES.c.number)
+JOINTS = Table(
+    "joints",
+    METADATA,
+    Column("document", Text, ForeignKey("documents.id", ondelete="CASCADE"), primary_key=True),
+    Column("page", Integer, primary_key=True, autoincrement=False),  # the first of the two
+    Column("result", LargeBinary),  # NULL: there is no answer
+)
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +168,7 @@ class Webhook(msgspec.Struct, frozen=True):
 
 
 class StoreError(DocumentError):
-    """The database can't be read or written now: 503."""
+    """The database can't be read or written now: 503, or 507 on a full disk."""
 
 
 class Store:
@@ -251,6 +260,36 @@ class Store:
             connection.execute(update(DOCUMENTS).where(_of(document)).values(updated_at=now))
             return True
 
+    def seams(self, document: str) -> list[int]:
+        """The pages that were read, as was the one after, of which `keep_joints` has kept nothing yet."""
+        following = PAGES.alias()
+        is_next = and_(following.c.document == PAGES.c.document, following.c.number == PAGES.c.number + 1)
+        were_read = (PAGES.c.document == document, PAGES.c.state == "done", following.c.state == "done")
+        known = select(JOINTS.c.page).where(JOINTS.c.document == document)
+        wanted = select(PAGES.c.number).join(following, is_next).where(*were_read, PAGES.c.number.not_in(known))
+        with self._transaction() as connection:
+            return list(connection.scalars(wanted.order_by(PAGES.c.number)))
+
+    def keep_joints(self, document: str, page: int, joints: Sequence[Joint] | None, now: float) -> bool:
+        """Those of this page and the next; None: there is no answer. False when it was cancelled or deleted."""
+        result = None if joints is None else msgspec.msgpack.encode(joints)
+        is_unfinished = (_of(document), DOCUMENTS.c.state.in_(UNFINISHED))
+        with self._transaction() as connection:
+            # The service has survived it, whatever attempts there were.
+            changed = update(DOCUMENTS).where(*is_unfinished).values(updated_at=now, attempts=0)
+            if not connection.execute(changed).rowcount:
+                return False
+            kept = insert(JOINTS).prefix_with("OR REPLACE")
+            connection.execute(kept.values(document=document, page=page, result=result))
+            return True
+
+    def joints(self, document: str, page: int) -> list[Joint] | None:
+        """Of this page and the next; None where there is no answer."""
+        wanted = select(JOINTS.c.result).where(JOINTS.c.document == document, JOINTS.c.page == page)
+        with self._transaction() as connection:
+            result = connection.scalar(wanted)
+        return None if result is None else msgspec.msgpack.decode(result, type=list[Joint])
+
     def give_back(self, document: str, number: int) -> bool:
         """A page that was started is queued again, as if it had not been; False when it is not running."""
         with self._transaction() as connection:
@@ -284,6 +323,7 @@ class Store:
             unread = (PAGES.c.document == document, PAGES.c.state.in_(("failed", "cancelled")))
             again = {"state": "queued", "attempts": 0, "result": None, "reason": ""}
             connection.execute(update(PAGES).where(*unread).values(**again))
+            connection.execute(delete(JOINTS).where(JOINTS.c.document == document, JOINTS.c.result.is_(None)))
             options = msgspec.structs.replace(before.options, password=password)
             connection.execute(
                 update(DOCUMENTS)
@@ -331,6 +371,11 @@ class Store:
         with self._transaction() as connection:
             found = {state: count for state, count in connection.execute(counted)}
         return {state: found.get(state, 0) for state in STATES}
+
+    def size(self) -> int:
+        """Bytes of all documents' files together."""
+        with self._transaction() as connection:
+            return connection.scalar(select(func.sum(DOCUMENTS.c.size))) or 0
 
     def ids(self) -> set[str]:
         """Of all documents, to tell which folders belong to none."""
@@ -444,7 +489,9 @@ class Store:
         except exc.DBAPIError as error:
             log.error("%s: %s", self._path, error.orig)
             message = f"the store of documents can't be used now: {error.orig}; try again later"
-            raise StoreError(503, message, code="store_unavailable", headers={"retry-after": "5"}) from error
+            is_full = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            status, code = (507, "no_space") if is_full else (503, "store_unavailable")
+            raise StoreError(status, message, code=code, headers={"retry-after": "5"}) from error
 
 
 def _open(path: Path) -> Engine:

@@ -6,23 +6,22 @@ What a model wrote is never passed on: a table is read into cells of plain text,
 import html
 import itertools
 import re
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar, get_args
 
 import msgspec
 
 MOST_COLUMNS = 1_000
 MOST_CELLS = 100_000
-# A wider cell of a plain-text table shifts its own row, and pads no other.
-WIDEST_PADDING = 60
 
 _CELLS = frozenset({"td", "th"})
 _STRUCTURE = _CELLS | {"table", "thead", "tbody", "tfoot", "tr", "caption"}
 _BREAKS = frozenset({"br", "p", "div", "li"})
 _UNSEEN = frozenset({"script", "style"})
-_MARKERS = frozenset({"l", "t", "lt"})
-_MARKS = frozenset(f"<{tag}>" for tag in _MARKERS)
+# Alone in a cell it merges that with its neighbour on the left, on top, or both.
+Marker = Literal["<l>", "<t>", "<lt>"]
+MARKERS: frozenset[str] = frozenset(get_args(Marker))
 _RAISED = {
     "sup": str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ"),
     "sub": str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎"),
@@ -34,6 +33,8 @@ _LONG = "|".join(sorted({*_STRUCTURE, *_BREAKS, *_UNSEEN, *_RAISED, _INLINE, "lt
 _TAG = re.compile(rf"<(/?)((?:{_LONG})(?=[\s/>])|[abilpstu](?=\s[^<>=]*=|/?>))([^<>]*)>", re.IGNORECASE)
 _TABLE = re.compile(r"<(/?)table(?:\s[^<>]*)?>", re.IGNORECASE)
 _CELL = re.compile(r"<t[dh][\s>]", re.IGNORECASE)
+_HALF_TAG = re.compile(r"<(?:/?[A-Za-z][^<>]{0,200})?")
+_OPENED = re.compile(r"<t[rdh](?:\s[^<>]*)?>", re.IGNORECASE)
 _COLSPAN = re.compile(r"\bcolspan=[\"']?(\d+)", re.IGNORECASE)
 _ROWSPAN = re.compile(r"\browspan=[\"']?(\d+)", re.IGNORECASE)
 _RULE = re.compile(r":?-+:?")
@@ -84,10 +85,23 @@ def parse_table(text: str) -> Table:
     nothing. Time is linear in `text`.
     """
     reader = _read(text)
-    rows, cut = _placed(reader.rows)
+    grid, cut = placed(reader.rows, _RawCell)
+    rows = _begun(grid)
     if any(cell.marker for cell in itertools.chain(*rows) if cell):
         _merge(rows)
     return Table(_finished(rows), reader.caption, cut)
+
+
+def merged(rows: Sequence[Sequence[Cell | Marker]]) -> Table:
+    """A table of cells that take one place each, and of markers; a row may be shorter than another."""
+    raw = [
+        [_RawCell(each, marker=True) if isinstance(each, str) else _RawCell(each.text, each.header) for each in row]
+        for row in rows
+    ]
+    grid, cut = placed(raw, _RawCell)
+    begun = _begun(grid)
+    _merge(begun)
+    return Table(_finished(begun), cut=cut)
 
 
 def parse_pipes(text: str) -> Table | None:
@@ -101,8 +115,8 @@ def parse_pipes(text: str) -> Table | None:
     header = [_RawCell(_plain(cell), header=True) for cell in first]
     lower = [[_RawCell(_plain(cell)) for cell in row] for row in body]
     header += [_RawCell(header=True) for _ in range(max(map(len, lower), default=0) - len(header))]
-    rows, cut = _placed([header, *lower])
-    return Table(_finished(rows), cut=cut)
+    grid, cut = placed([header, *lower], _RawCell)
+    return Table(_finished(_begun(grid)), cut=cut)
 
 
 def around_tables(text: str) -> Iterator[tuple[str, bool]]:
@@ -117,6 +131,16 @@ def around_tables(text: str) -> Iterator[tuple[str, bool]]:
             yield text[start:stop], True
             end = stop
     yield text[end:], False
+
+
+def without_loose_end(table: str) -> str:
+    """A table as HTML without the half of a tag, and the rows and cells of nothing, with which it was cut off."""
+    end = table.rfind("<")
+    if _HALF_TAG.fullmatch(table, max(end, 0)):
+        table = table[:end]
+    while table.endswith(">") and _OPENED.fullmatch(table, end := table.rfind("<")):
+        table = table[:end].rstrip()
+    return table
 
 
 def table_html(table: Table) -> str:
@@ -135,21 +159,56 @@ def as_markdown(table: Table) -> str | None:
     return "\n".join([*caption, header, f"|{' --- |' * table.columns}", *body])
 
 
-def as_text(table: Table) -> str:
-    """With aligned columns for a font of fixed width, in which Chinese characters are two columns wide."""
-    texts = [[cell.text.replace("\n", " ") if cell else "" for cell in row] for row in table.rows]
-    widths = _column_widths(table, texts)
-    lines = [_aligned(row, widths) for row in texts]
-    if table.header_rows:
-        lines.insert(table.header_rows, "  ".join("-" * width for width in widths))
-    return "\n".join([*([table.caption] if table.caption else []), *lines])
+class Spanning(Protocol):
+    """A cell that wants so many columns and rows, each from 1."""
+
+    colspan: int
+    rowspan: int
 
 
-def display_width(text: str) -> int:
-    """In columns of a font of fixed width."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+SpanningCell = TypeVar("SpanningCell", bound=Spanning)
+
+
+def placed(
+    rows: Sequence[Sequence[SpanningCell]], empty: Callable[[], SpanningCell]
+) -> tuple[list[list[SpanningCell]], bool]:
+    """The grid of a table, its rows all of one length: in each place the cell that covers it; and whether it was cut.
+
+    No place is covered twice, and the spans of a cell become those that it got; where none is stands an `empty` one.
+    A row without cells counts where one from above reaches into it. It is cut at `MOST_COLUMNS` and `MOST_CELLS`.
+    """
+    grid: list[list[SpanningCell]] = []
+    covered: list[int] = []  # by column, the row at which the cell from above has ended
+    end, cut = 0, False  # the row at which every cell from above has ended
+    for cells in rows:
+        number = len(grid)
+        if not cells and end <= number:
+            continue
+        row, is_whole = _place(cells, grid[-1] if grid else [], number, covered, empty)
+        end = max([end, *(number + cell.rowspan for cell in cells)])
+        cut = cut or not is_whole
+        if (number + 1) * len(row) > MOST_CELLS:
+            cut = True
+            break
+        grid.append(row)
+    columns = max(map(len, grid), default=0)
+    for row in grid:
+        row.extend(empty() for _ in range(columns - len(row)))
+    for number, _, cell in beginnings(grid):
+        cell.rowspan = min(cell.rowspan, len(grid) - number)
+    return grid, cut
+
+
+def beginnings(grid: Sequence[Sequence[SpanningCell]]) -> Iterator[tuple[int, int, SpanningCell]]:
+    """Row and column of each cell of what `placed` gave, and the cell, once."""
+    above: Sequence[SpanningCell | None] = ()
+    for number, row in enumerate(grid):
+        left = None
+        for column, cell in enumerate(row):
+            if cell is not left and not (above and cell is above[column]):
+                yield number, column, cell
+            left = cell
+        above = row
 
 
 @dataclass(slots=True)
@@ -220,7 +279,7 @@ class _Reader:
             self._text.append("\n")
         elif tag in _UNSEEN:
             self._unseen = tag
-        elif tag in _MARKERS:
+        elif f"<{tag}>" in MARKERS:
             self._text.append(f"<{tag}>")
 
     def _end_tag(self, tag: str) -> None:
@@ -247,7 +306,7 @@ class _Reader:
 
     def _begin_structure(self, tag: str, attributes: str) -> None:
         if tag in _CELLS:
-            spans = _span(_COLSPAN, attributes, MOST_COLUMNS), _span(_ROWSPAN, attributes, MOST_CELLS)
+            spans = _span(_COLSPAN, attributes, MOST_COLUMNS, 1), _span(_ROWSPAN, attributes, MOST_CELLS, MOST_CELLS)
             self._cell = _RawCell("", tag == "th" or self._in_head, *spans)
         elif tag == "tr":
             self.rows.append([])
@@ -266,7 +325,7 @@ class _Reader:
         elif cell or (text and (self._depth or self.rows)):
             cell = cell or _RawCell()
             cell.text = text
-            cell.marker = text in _MARKS
+            cell.marker = text in MARKERS
             if not self.rows:
                 self.rows.append([])
             self.rows[-1].append(cell)
@@ -280,53 +339,47 @@ class _Reader:
         self._text[begin:] = [raised if all(map(str.__ne__, text, raised)) else text]
 
 
-def _span(attribute: re.Pattern[str], attributes: str, most: int) -> int:
+def _span(attribute: re.Pattern[str], attributes: str, most: int, of_zero: int) -> int:
+    """HTML: a rowspan of 0 reaches to the last row."""
     found = attribute.search(attributes)
     if not found:
         return 1
     digits = found[1].lstrip("0")
-    return most if len(digits) > 6 else min(most, max(1, int(digits or 1)))
+    return most if len(digits) > 6 else min(most, int(digits or of_zero))
 
 
 _RawRow = list[_RawCell | None]
 
 
-def _placed(rows: Sequence[Sequence[_RawCell]]) -> tuple[list[_RawRow], bool]:
-    """Each cell in its column, all rows of one length, None where a cell reaches to; and whether something was cut."""
-    placed: list[_RawRow] = []
-    covered: list[int] = []  # by column, the row at which the cell from above has ended
-    end, cut = 0, False  # the row at which every cell from above has ended
-    for cells in rows:
-        number = len(placed)
-        if not cells and end <= number:
-            continue
-        row, is_whole = _place(cells, number, covered)
-        end = max([end, *(number + cell.rowspan for cell in cells)])
-        cut = cut or not is_whole
-        if (number + 1) * len(row) > MOST_CELLS:
-            cut = True
-            break
-        placed.append(row)
-    columns = max(map(len, placed), default=0)
-    for row in placed:
-        row.extend(_RawCell() for _ in range(columns - len(row)))
-    return placed, cut
+def _begun(grid: Sequence[Sequence[_RawCell]]) -> list[_RawRow]:
+    """With each cell where it begins alone."""
+    rows: list[_RawRow] = [[None] * len(row) for row in grid]
+    for number, column, cell in beginnings(grid):
+        rows[number][column] = cell
+    return rows
 
 
-def _place(cells: Sequence[_RawCell], number: int, covered: list[int]) -> tuple[_RawRow, bool]:
-    """A row of `len(covered)` places, and whether all its cells have one."""
-    row: _RawRow = []
+def _place(
+    cells: Sequence[SpanningCell],
+    above: Sequence[SpanningCell],
+    number: int,
+    covered: list[int],
+    empty: Callable[[], SpanningCell],
+) -> tuple[list[SpanningCell], bool]:
+    """A row of `len(covered)` places, and whether all its cells have one. `above`: the row before it."""
+    row: list[SpanningCell] = []
     for cell in cells:
         while len(row) < len(covered) and covered[len(row)] > number:
-            row.append(None)
+            row.append(above[len(row)])
         column = len(row)
         if column >= MOST_COLUMNS:
             return row, False
         cell.colspan = _room(covered, number, column, cell.colspan)
         covered.extend([0] * (column + cell.colspan - len(covered)))
         covered[column : column + cell.colspan] = [number + cell.rowspan] * cell.colspan
-        row += [cell, *[None] * (cell.colspan - 1)]
-    row.extend(None if until > number else _RawCell() for until in covered[len(row) :])
+        row += [cell] * cell.colspan
+    for column in range(len(row), len(covered)):
+        row.append(above[column] if covered[column] > number else empty())
     return row, True
 
 
@@ -370,14 +423,12 @@ def _marker(cell: _RawCell | None) -> str:
     return cell.text if cell and cell.marker else ""
 
 
-def _cells_of(row: _RawRow, rows_left: int) -> Row:
-    return tuple(
-        Cell(cell.text, cell.colspan, min(cell.rowspan, rows_left), cell.header) if cell else None for cell in row
-    )
-
-
 def _finished(rows: list[_RawRow]) -> tuple[Row, ...]:
-    return tuple(_cells_of(row, len(rows) - number) for number, row in enumerate(rows))
+    return tuple(tuple(_finished_cell(cell) for cell in row) for row in rows)
+
+
+def _finished_cell(cell: _RawCell | None) -> Cell | None:
+    return None if cell is None else Cell(cell.text, cell.colspan, cell.rowspan, cell.header)
 
 
 def _tables_in(text: str) -> Iterator[tuple[int, int]]:
@@ -421,24 +472,3 @@ def _cell_html(cell: Cell) -> str:
     colspan = f' colspan="{cell.colspan}"' if cell.colspan > 1 else ""
     rowspan = f' rowspan="{cell.rowspan}"' if cell.rowspan > 1 else ""
     return f"<{tag}{colspan}{rowspan}>{_escaped(cell.text).replace(chr(10), '<br>')}</{tag}>"
-
-
-def _column_widths(table: Table, texts: list[list[str]]) -> list[int]:
-    widths = [1] * table.columns
-    for row, row_texts in zip(table.rows, texts, strict=True):
-        for column, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
-            if cell and cell.colspan == 1:
-                widths[column] = max(widths[column], min(display_width(text), WIDEST_PADDING))
-    return widths
-
-
-def _aligned(texts: list[str], widths: list[int]) -> str:
-    parts: list[str] = []
-    start = end = 0  # where the column begins, and where the text before it ends
-    for text, width in zip(texts, widths, strict=True):
-        if text:
-            space = max(start - end, 2 if end else 0)
-            parts += [" " * space, text]
-            end += space + display_width(text)
-        start += width + 2
-    return "".join(parts)

@@ -26,7 +26,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from vllm_unified.documents.kinds import HEAD_BYTES, READABLE, Kind, kind_of, looks_like, require_kind
-from vllm_unified.documents.problems import DocumentError
+from vllm_unified.documents.problems import DocumentError, on_disk
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -136,7 +136,9 @@ class Spool:
         if error:
             self.discard()
 
+    @on_disk()
     def begin(self, field: str, name: str) -> None:
+        """Raises DocumentError 507."""
         descriptor, path = tempfile.mkstemp(prefix="upload-", dir=self._folder)
         self._file = os.fdopen(descriptor, "wb")
         self._paths.append(Path(path))
@@ -144,8 +146,9 @@ class Spool:
         self.size, self.head = 0, b""  # of the file that is being written
         self._hash = hashlib.sha256()
 
+    @on_disk()
     def write(self, data: bytes) -> None:
-        """Raises DocumentError 413."""
+        """Raises DocumentError 413, 507."""
         if self._file is None:
             raise RuntimeError("no file was begun")
         self.size += len(data)
@@ -157,8 +160,9 @@ class Spool:
         self._hash.update(data)
         self._file.write(data)
 
+    @on_disk()
     def end(self) -> Upload:
-        """Raises DocumentError 400 for an empty file, 415 for one that is not read."""
+        """Raises DocumentError 400 for an empty file, 415 for one that is not read, 507."""
         self._close(durable=True)
         kind = require_kind(self.head, self._name)
         name = f"{self._name}{kind.extension}" if self._name == NAMELESS else self._name
@@ -193,7 +197,7 @@ async def receive_form(request: Request, folder: Path, *, max_bytes: int, file_f
     """A multipart form, its files in `folder`, `max_bytes` of them together.
 
     Raises DocumentError: 400 invalid_form, incomplete_upload, unexpected_file, not_a_file, invalid_encoding,
-    empty_file; 413 too_large, too_many_parts, fields_too_large; 415 unsupported_file, not_a_form.
+    empty_file; 413 too_large, too_many_parts, fields_too_large; 415 unsupported_file, not_a_form; 507 no_space.
     """
     spool = Spool(folder, max_bytes, "the files are")
     reader = FormReader(request.headers.get("content-type", ""), spool, file_fields)
@@ -201,7 +205,7 @@ async def receive_form(request: Request, folder: Path, *, max_bytes: int, file_f
 
 
 async def receive_body(request: Request, folder: Path, max_bytes: int) -> Upload:
-    """A file that is the whole body. Raises DocumentError 400 empty_file, incomplete_upload; 413; 415."""
+    """A file that is the whole body. Raises DocumentError 400 empty_file, incomplete_upload; 413; 415; 507."""
     spool = Spool(folder, max_bytes, "the file is")
     return await _received(request, BodyReader(spool), spool, max_bytes, 0)
 
@@ -209,7 +213,7 @@ async def receive_body(request: Request, folder: Path, max_bytes: int) -> Upload
 def save_base64(text: str, folder: Path, *, max_bytes: int, name: str = "") -> Upload:
     """A file in base64, or a data: URL of one. Blocks.
 
-    Raises DocumentError 400 invalid_base64, empty_file; 413; 415.
+    Raises DocumentError 400 invalid_base64, empty_file; 413; 415; 507.
     """
     is_url = text[:5].lower() == "data:"
     head, comma, body = text.partition(",") if is_url else ("", "", text)
@@ -236,7 +240,7 @@ def unpack(upload: Upload, folder: Path, *, max_files: int = 100, max_bytes: int
     folders, hidden files and __MACOSX are passed over. The limits are of what really comes out.
 
     Raises DocumentError: 400 damaged_zip, encrypted_zip; 413 too_many_files, too_large, zip_bomb; 415 nothing_readable,
-    unsupported_file.
+    unsupported_file; 507 no_space.
     """
     with open_zip(upload) as archive, Spool(folder, max_bytes, "the files in the ZIP are") as spool:
         unpacked = Unpacked([], [])

@@ -61,6 +61,9 @@ class WordDocument:
         self._template = docx.Document()
         self._template.core_properties.title = without_controls(title)[:255]
         self._template.core_properties.author = self._template.core_properties.comments = ""
+        # Else Word takes Japanese fonts for what is Chinese, and another one where those lack a character.
+        (language,) = self._template.styles.element.xpath("./w:docDefaults//w:lang")
+        language.set(qn("w:eastAsia"), "zh-CN")
         self._links: dict[str, str] = {}
         self._media: dict[Path, _Medium | None] = {}
         self._drawn = 0
@@ -82,7 +85,8 @@ class WordDocument:
         if isinstance(block, Paragraph):
             self._xml.write(self._paragraph(block))
         elif block.columns > MOST_WORD_COLUMNS:
-            self._add_wide_table(block)
+            for line in block.lines:
+                self.add(line)
         else:
             self._add_table(block)
 
@@ -193,50 +197,37 @@ class WordDocument:
         with self._xml.element(qn("w:tbl")):
             self._xml.write(_table_properties())
             self._xml.write(_columns(table.columns))
-            is_top = True
+            headers = table.header_rows
             for row, cells in enumerate(table.rows):
-                is_top = is_top and all(cell is not None and cell.is_header for cell in cells)
-                self._xml.write(self._row(row, cells, table.columns, repeats=is_top))
+                self._xml.write(self._row(row, cells, repeats=row < headers))
         # Word takes two tables with nothing between them for one.
         self._xml.write(_element("w:p"))
 
-    def _row(self, row: int, cells: list[Cell | None], columns: int, *, repeats: bool) -> Any:
+    def _row(self, row: int, cells: list[Cell], *, repeats: bool) -> Any:
         element = _element("w:tr")
         properties = _element("w:trPr")
-        if missing := columns - len(cells):
-            properties.append(_element("w:gridAfter", val=str(missing)))
-        if repeats and len(cells):
+        if repeats:
             properties.append(_element("w:tblHeader"))
         element.append(properties)
         for column, cell in enumerate(cells):
-            if cell is None or cell.column == column:
+            if cell.column == column:
                 element.append(self._cell(row, cell))
         return element
 
-    def _cell(self, row: int, cell: Cell | None) -> Any:
+    def _cell(self, row: int, cell: Cell) -> Any:
         element = _element("w:tc")
         properties = _element("w:tcPr")
         element.append(properties)
-        if cell is not None and cell.columns > 1:
-            properties.append(_element("w:gridSpan", val=str(cell.columns)))
-        if cell is not None and cell.rows > 1:
+        if cell.colspan > 1:
+            properties.append(_element("w:gridSpan", val=str(cell.colspan)))
+        if cell.rowspan > 1:
             properties.append(_element("w:vMerge", val="restart" if cell.row == row else "continue"))
-        if cell is not None and cell.row == row:
+        if cell.row == row:
             for paragraph in cell.paragraphs:
                 element.append(self._paragraph(_in_cell(paragraph, cell)))
         if len(element) == 1:
             element.append(_element("w:p"))
         return element
-
-    def _add_wide_table(self, table: Table) -> None:
-        """Each row a paragraph."""
-        for row, cells in enumerate(table.rows):
-            spans = [Span("  ")] * (2 * len(cells))
-            for column, cell in enumerate(cells):
-                starts = cell is not None and cell.row == row and cell.column == column
-                text = " ".join(p.text for p in cell.paragraphs) if cell is not None and starts else ""
-                spans[2 * column] = Span(text)
-            self.add(Paragraph(tuple(spans[:-1])))
 
     def _add_numbering(self) -> None:
         numbering = self._template.part.numbering_part.element

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -27,7 +28,7 @@ from vllm_unified.settings import Settings
 
 def create_app(router: Router, operations: Operations) -> FastAPI:
     # The documentation pages of FastAPI load their scripts from a CDN, which a closed network has not.
-    app = FastAPI(title="vllm-unified", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="vllm-unified", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -37,10 +38,21 @@ def create_app(router: Router, operations: Operations) -> FastAPI:
     _add_metrics(app, router)
     add_usage(app, router.usage)
     add_admin(app, router, operations)
-    add_docs(app, router.registry, HEALTH_PATHS)
+    add_docs(app, router.registry, HEALTH_PATHS, lambda: _openapi_of_documents(router))
     for route in ROUTES:  # POST never comes here
         app.add_api_route(route.path, _post_only, methods=["GET"], include_in_schema=False)
     return app
+
+
+async def _openapi_of_documents(router: Router) -> Mapping[str, Any]:
+    """Empty where the service does not run."""
+    if not router.settings.reads_documents:
+        return {}
+    try:
+        found: Mapping[str, Any] = json.loads(await router.documents.ask("/openapi.json"))
+    except (RequestError, ValueError):
+        return {}
+    return found
 
 
 async def _post_only() -> Response:
@@ -121,10 +133,16 @@ def _add_metrics(app: FastAPI, router: Router) -> None:
         require_admin(request)
         return Response(await merged(router.registry, fetch), media_type=CONTENT_TYPE)
 
+    @app.get("/metrics/documents", response_class=PlainTextResponse)
+    async def documents_metrics(request: Request) -> Response:
+        require_admin(request)
+        return Response(await router.documents.ask("/metrics"), media_type=CONTENT_TYPE)
+
     @app.get("/sd")
     async def service_discovery(request: Request) -> list[dict[str, Any]]:
         require_admin(request)
-        return sd_document(router.registry, router.settings.router_url.removeprefix("http://"))
+        address = router.settings.router_url.removeprefix("http://")
+        return sd_document(router.registry, address, documents=router.settings.reads_documents)
 
 
 def _gpu_info(settings: Settings) -> dict[str, Any]:

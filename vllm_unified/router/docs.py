@@ -2,7 +2,7 @@
 
 import base64
 import importlib.resources
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
-from vllm_unified.router.openapi import add_forwarded
+from vllm_unified.router.openapi import add_documents, add_forwarded
 from vllm_unified.router.registry import Registry
 
 # What a browser asks for before its user can say a key.
@@ -54,18 +54,20 @@ START = """SwaggerUIBundle({
 """
 
 
-def add_docs(app: FastAPI, registry: Registry, open_paths: Collection[str]) -> None:
-    """`/docs`, and the forwarded paths in `/openapi.json`. Both are for everyone: they are read before a key is said.
+def add_docs(
+    app: FastAPI, registry: Registry, open_paths: Collection[str], documents: Callable[[], Awaitable[Mapping[str, Any]]]
+) -> None:
+    """`/docs`, and `/openapi.json` with the forwarded paths. Both are for everyone: they are read before a key is said.
 
-    `open_paths`: those of the application that need no key.
+    `open_paths`: those of the application that need no key. `documents`: the OpenAPI document of their service.
     """
 
-    def document() -> dict[str, Any]:
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> dict[str, Any]:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         add_forwarded(found, registry, open_paths)
+        add_documents(found, await documents())
         return found
-
-    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend it
 
     @app.get("/docs", include_in_schema=False)
     async def page() -> Response:

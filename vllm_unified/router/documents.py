@@ -15,9 +15,10 @@ from vllm_unified.router.record import Owner, Record
 from vllm_unified.router.registry import RETRY_AFTER_SECONDS
 from vllm_unified.router.replica import CONNECT_SECONDS, Replica
 from vllm_unified.router.server import ClientConnection, Headers, Request
-from vllm_unified.router.upstream import UploadConnection
+from vllm_unified.router.upstream import UploadConnection, fetch
 from vllm_unified.settings.schema import Endpoint
 
+ASK_SECONDS = 5.0
 # What a form has beside its files: text, headers, boundaries.
 FORM_MIB = 8
 
@@ -100,6 +101,16 @@ class Documents:
         if not connection.is_open:
             raise ConnectionResetError("it closed the connection")
         return connection
+
+    async def ask(self, path: str) -> bytes:
+        """What the service tells of itself. Raises RequestError 503."""
+        try:
+            status, body = await fetch(self.replica, path, ASK_SECONDS)
+        except OSError:
+            raise _not_ready("does not answer on its port") from None
+        if status != 200:
+            raise _not_ready(f"answered with the status {status}")
+        return body
 
     def require_model(self, key: Key) -> None:
         """Raises RequestError 403 when `key` may not use the model that reads documents."""

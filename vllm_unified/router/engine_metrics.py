@@ -54,8 +54,8 @@ async def merged(registry: Registry, fetch: Fetch, seconds: float = SECONDS) -> 
     return "".join(f"{line}\n" for line in _lines(families)).encode()
 
 
-def sd_document(registry: Registry, router_address: str) -> list[dict[str, Any]]:
-    """What Prometheus' `http_sd_configs` reads. `router_address`: host:port."""
+def sd_document(registry: Registry, router_address: str, *, documents: bool) -> list[dict[str, Any]]:
+    """What Prometheus' `http_sd_configs` reads. `router_address`: host:port. `documents`: their service runs."""
     engines = [
         _target(
             f"[{replica.host}]:{replica.port}" if ":" in replica.host else f"{replica.host}:{replica.port}",
@@ -67,11 +67,13 @@ def sd_document(registry: Registry, router_address: str) -> list[dict[str, Any]]
         for replica in served.replicas
         if replica.local
     ]
-    return [*engines, _target(router_address, type="router")]
+    # Its port is for this machine alone, so that its metrics are the router's to tell.
+    service = [_target(router_address, "/metrics/documents", type="documents")] if documents else []
+    return [*engines, _target(router_address, type="router"), *service]
 
 
-def _target(address: str, **labels: str) -> dict[str, Any]:
-    return {"targets": [address], "labels": {**labels, "__metrics_path__": "/metrics"}}
+def _target(address: str, path: str = "/metrics", **labels: str) -> dict[str, Any]:
+    return {"targets": [address], "labels": {**labels, "__metrics_path__": path}}
 
 
 async def _text_of(replica: Replica, fetch: Fetch, seconds: float) -> str | None:

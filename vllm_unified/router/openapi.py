@@ -1,6 +1,6 @@
 """The forwarded paths in the OpenAPI document: FastAPI knows its own paths, and these are not FastAPI's."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,6 +106,7 @@ OF_OWN: dict[str, tuple[int, ...]] = {
     "/system/info": (403,),
     "/metrics": (403,),
     "/metrics/engines": (403,),
+    "/metrics/documents": (403, 503),
     "/sd": (403,),
     "/usage": (400, 403),
     "/admin/reload": (400, 403),
@@ -147,8 +148,9 @@ COMPONENTS: dict[str, Schema] = {
     },
     "headers": {
         "x-error-source": {
-            "description": "router: this deployment's own error; engine: the model's server answered so",
-            "schema": {"type": "string", "enum": ["router", "engine"]},
+            "description": "router: this deployment's own error; engine: the model's server answered so; "
+            "documents: the document service did",
+            "schema": {"type": "string", "enum": ["router", "engine", "documents"]},
         },
         "retry-after": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}},
     },
@@ -177,6 +179,13 @@ def add_forwarded(document: Schema, registry: Registry, open_paths: Collection[s
         components["schemas"].pop(name, None)
     for route in ROUTES:
         paths[route.path] = {"post": _operation(route, registry)}
+
+
+def add_documents(document: Schema, documents: Mapping[str, Any]) -> None:
+    """The document service's own paths. What both have is the router's."""
+    document["paths"] = {**documents.get("paths", {}), **document["paths"]}
+    schemas = document["components"]["schemas"]
+    document["components"]["schemas"] = {**documents.get("components", {}).get("schemas", {}), **schemas}
 
 
 def _operation(route: Route, registry: Registry) -> Schema:

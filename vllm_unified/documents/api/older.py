@@ -51,7 +51,7 @@ async def read_image(request: Request, caller: Asking) -> Response:
         "raw_text": "\n\n".join(page.raw_text for page in pages),
         "boxes": products.boxes_of(first) if form.flag("grounding", default=True) else [],
         "image_dims": {"w": first.width, "h": first.height},
-        "metadata": _metadata(form),
+        "metadata": _metadata(form, first),
     }
     return JSONResponse(document)
 
@@ -78,7 +78,7 @@ async def read_pdf(request: Request, caller: Asking) -> Response:
         "success": True,
         "total_pages": len(pages),
         "pages": await asyncio.to_thread(lambda: [_page(page, grounded=grounded) for page in pages]),
-        "metadata": _metadata(form),
+        "metadata": _metadata(form, pages[0]),
     }
     return await as_json(document)
 
@@ -122,7 +122,7 @@ def _page(page: Page, *, grounded: bool) -> dict[str, Any]:
     }
 
 
-def _metadata(form: Form) -> dict[str, Any]:
+def _metadata(form: Form, first: Page) -> dict[str, Any]:
     options = form.options
     return {
         "mode": options.mode,
@@ -130,6 +130,7 @@ def _metadata(form: Form) -> dict[str, Any]:
         "base_size": options.base_size,
         "image_size": options.image_size,
         "crop_mode": options.crop_mode,
+        "resolution_used": first.resolution_used or None,
         "inference_engine": INFERENCE_ENGINE,
         "without_effect": [name for name in WITHOUT_EFFECT if name in form.fields],
     }

@@ -47,6 +47,7 @@ async def read_image(request: Request, caller: Asking) -> Response:
         "raw_text": "\n\n".join(page.raw_text for page in pages),
         "boxes": products.boxes_of(first),
         "image_dims": {"w": first.width, "h": first.height},
+        "resolution_used": first.resolution_used or None,
         "task_id": status.id,
         "timing": timing,
         "duration_ms": timing["duration_ms"],
@@ -101,6 +102,7 @@ async def list_tasks(
 
 @router.get("/api/tasks/{task_id}")
 async def show_task(request: Request, caller: Asking, task_id: str, wait: Wait = 0.0) -> Response:
+    """Status, progress and, at the end, the result."""
     service = service_of(request)
     await own_document(service, caller, task_id)
     if wait:
@@ -148,6 +150,7 @@ async def delete_task(request: Request, caller: Asking, task_id: str) -> Respons
 
 @router.get("/api/tasks/{task_id}/download/{path:path}")
 async def download(request: Request, caller: Asking, task_id: str, path: str) -> Response:
+    """A product: result.md, raw.json, result.zip, layout.pdf, images/…, and what `formats` asked for."""
     service = service_of(request)
     document = await own_document(service, caller, task_id)
     file = service.folder_of(task_id) / path
@@ -197,6 +200,7 @@ def _result(service: Service, task_id: str, pages: list[Page]) -> dict[str, Any]
         "archive_url": f"{at}/result.zip",
         "image_urls": [f"{at}/{asset}" for asset in assets],
         "product_urls": {name: f"{at}/{name}" for name in files},
+        "resolution_used": next((page.resolution_used for page in pages if page.resolution_used), None),
         "pages": [products.raw_page(page) for page in pages],
     }
 
