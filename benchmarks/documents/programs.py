@@ -49,7 +49,7 @@ class Engine:
 
     def pages_per_second(self, pages: int, began: float) -> float:
         """Until the last answer. Raises BenchmarkError where it gave more or fewer answers than there are pages."""
-        answered = [each["answered"] for each in self.seen()["requests"] if each["status"] == 200]
+        answered: list[float] = [each["answered"] for each in self.seen()["requests"] if each["status"] == 200]
         if len(answered) != pages:
             raise BenchmarkError(f"the engine answered {len(answered)} times, for {pages} pages")
         return pages / (max(answered) - began)
@@ -59,7 +59,7 @@ class Engine:
 def engine(folder: Path) -> Iterator[Engine]:
     (port,) = free_ports(1)
     found = Engine(port)
-    command = [sys.executable, FAKE_OCR, "--port", str(port)]
+    command = [sys.executable, str(FAKE_OCR), "--port", str(port)]
     with serving(command, {}, folder / "engine.log", lambda: _answers(found.url)):
         yield found
 

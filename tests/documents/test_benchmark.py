@@ -93,7 +93,7 @@ def test_a_bar_that_is_missed_is_seen(measure: str, figures: dict[str, Any]) -> 
 
 
 def test_bars_that_are_met() -> None:
-    met = {
+    met: dict[str, dict[str, Any]] = {
         "throughput": {"ratio": 0.95},
         "documents": {"documents": [documents(), documents(200)]},
         "grounding": {"ms": {"a": {1: 10, 2: 20}, "b": {1: 10, 2: 20}}},
