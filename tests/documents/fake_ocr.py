@@ -34,9 +34,10 @@ Cues, which a model's name may carry too, as in "DeepSeek-OCR:loop":
 POST /behave with such an object changes the behaviour of one that runs, and forgets what it saw. GET /seen:
 
     {"requests": [{"page", "cue", "status", "model", "mode", "prompt", "temperature", "vllm_xargs", "on_behalf_of",
-     "width", "height", "rotation", "fields"}], "pages": {number: answers given}, "cancelled": n, "most_running": n,
-     "most_waiting": n, "guard_tests": n}
+     "width", "height", "rotation", "fields", "answered"}], "pages": {number: answers given},
+     "cancelled": n, "most_running": n, "most_waiting": n, "guard_tests": n}
 
+`answered`, 0 until then, is in seconds of the clock that all processes of the machine share, time.monotonic().
 A question of the service's test of the guard (one token, or token ids) meets no cue and stands in none of the others.
 
 A page's number is the colour of the square in its top left corner, 5 % of its shorter side: see `colour_of`. It
@@ -64,6 +65,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 SHARE = 0.05  # of the shorter side, the side of the mark
+MARK_IS_SEEN_AT = (200, 200)  # a JPEG is decoded to no less than that: the engine is to cost little
 SPECIAL = re.compile(r"<\|/?(?:ref|det|grounding)\|>|<｜end▁of▁sentence｜>")
 PLACE = re.compile(r"<\|ref\|>[^<]*<\|/ref\|><\|det\|>[^<]*<\|/det\|>\n?")
 END = "<｜end▁of▁sentence｜>"
@@ -422,6 +424,7 @@ class _Handler(BaseHTTPRequestHandler):
         choice = {"index": 0, "finish_reason": "length" if cue in CUT_OFF else "stop"}
         usage = {"prompt_tokens": 903, "completion_tokens": tokens, "total_tokens": 903 + tokens}
         record["status"] = 200
+        record["answered"] = time.monotonic()
         with ocr.lock:
             ocr.seen["pages"][str(page)] = ocr.seen["pages"].get(str(page), 0) + 1
         message = {"role": "assistant", "content": text}
@@ -456,8 +459,9 @@ def _record(asked: dict[str, Any], on_behalf_of: str) -> dict[str, Any]:
     page = rotation = width = height = 0
     for url in (part["image_url"]["url"] for part in parts if part["type"] == "image_url"):
         with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
-            page, rotation = number_of(image)
             width, height = image.size
+            image.draft("RGB", MARK_IS_SEEN_AT)
+            page, rotation = number_of(image)
     return {
         "page": page,
         "cue": "",
@@ -472,6 +476,7 @@ def _record(asked: dict[str, Any], on_behalf_of: str) -> dict[str, Any]:
         "height": height,
         "rotation": rotation,
         "fields": sorted(asked),
+        "answered": 0.0,
     }
 
 

@@ -212,6 +212,18 @@ def test_a_lost_page_costs_no_other(drawn: Drawn) -> None:
     assert drawn.refuse(drawn.render, content, 4) == (400, "no_such_page", "there is no page 4: the file has 3")
 
 
+def test_pages_of_a_long_file_in_any_order(drawn: Drawn) -> None:
+    content = prose(*(f"Page {number}." for number in range(1, 221)))
+    path, kind = drawn.file(content)
+    wanted = [1, 99, 100, 101, 220, 2, 199, 200]
+    found = [drawn.run(drawn.renderer.render(path, kind, number, dpi=36)).text for number in wanted]
+    assert found == [f"Page {number}." for number in wanted]
+
+
+def test_another_file_of_the_same_name(drawn: Drawn) -> None:
+    assert [drawn.render(prose(text), dpi=36).text for text in ("One.", "Two.")] == ["One.", "Two."]
+
+
 def test_what_a_pdf_holds_besides_pages(drawn: Drawn) -> None:
     assert PDFIUM_INFO.flags == (), "this PDFium may run scripts"
     content = bad_files.pdf_with_javascript_and_a_file()
@@ -497,6 +509,23 @@ def test_one_that_is_killed_at_rest_costs_nothing(files: tuple[Path, Path]) -> N
         return [first.text, (await renderer.render(files[1], Kind.PDF, 2)).text]
 
     assert in_a_renderer(story, processes=1) == ["One.", "Two."]
+
+
+def test_one_at_rest_keeps_no_file_open(files: tuple[Path, Path]) -> None:
+    """It may have been deleted meanwhile."""
+    before = {each.pid for each in workers()}
+
+    async def story(renderer: Renderer) -> str:
+        await renderer.render(files[1], Kind.PDF, 1)
+        (worker,) = [each for each in workers() if each.pid not in before]
+        await asyncio.to_thread(eventually, lambda: str(files[1]) not in opened_by(worker), 120)
+        return (await renderer.render(files[1], Kind.PDF, 2)).text
+
+    assert in_a_renderer(story, processes=1) == "Two."
+
+
+def opened_by(process: psutil.Process) -> set[str]:
+    return {file.path for file in process.open_files()}
 
 
 def test_a_task_that_is_cancelled_frees_its_place(files: tuple[Path, Path]) -> None:

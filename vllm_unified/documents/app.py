@@ -66,9 +66,12 @@ def create_app(service: Service) -> FastAPI:
 
 
 async def health(request: Request) -> Response:
-    """With the words of both earlier applications. 503 while no OCR model is ready."""
+    """With the words of both earlier applications. 503 while no OCR model is ready.
+
+    What is known, so that it waits for no disk and no router.
+    """
     service: Service = request.app.state.service
-    model = await service.engine.find()
+    model = service.engine.found
     ready = model is not None and model.ready
     document = {
         "status": "healthy" if ready else "starting",
@@ -78,7 +81,7 @@ async def health(request: Request) -> Response:
         "vllm_healthy": ready,
         "timestamp": time.time(),
         "repetition_guard": {"works": service.guard.works, "message": service.guard.message},
-        "tasks": await asyncio.to_thread(service.store.counts),
+        "tasks": service.counts,
     }
     return JSONResponse(document, 200 if ready else 503)
 

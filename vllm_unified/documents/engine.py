@@ -151,6 +151,11 @@ class Engine:
     async def aclose(self) -> None:
         await self._client.aclose()
 
+    @property
+    def found(self) -> OcrModel | None:
+        """By the last `find`."""
+        return self._found
+
     async def find(self) -> OcrModel | None:
         """As it was FOUND_SECONDS ago or later: a reload may name another. None: there is none, or no router."""
         if time.monotonic() - self._found_at > FOUND_SECONDS:
@@ -180,6 +185,7 @@ class Engine:
         EngineError.
         """
         body = msgspec.json.encode({**request, "model": model})
+        del request  # it holds the page's image in base64, which is in the body now
         headers = {b"content-type": b"application/json"}
         if on_behalf_of:
             headers[b"x-on-behalf-of"] = on_behalf_of.encode("utf-8")

@@ -26,10 +26,14 @@ LABELS |= {"reference", "subtitle", "table", "text", "title"}
 _REF, _REF_END, _DET, _DET_END = "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"
 # Longer than a bra-ket such as <|x|>, which is a text's own.
 _SPECIAL = re.compile(r"<[|｜]/?[\w▁-]{3,64}[|｜]>")
-_FOREIGN_TAG = re.compile(r"[<＜〈][|｜](/?)(ref|det)[|｜][>＞〉]")
-_FOREIGN = "＜〈｜"
+# One as it should be is left alone, as answers have thousands of them.
+_FOREIGN_TAG = re.compile(r"(?!<\|/?(?:ref|det)\|>)[<＜〈][|｜](/?)(ref|det)[|｜][>＞〉]")
+# Without one of these there is no such tag. DeepSeek-OCR's own end of an answer has a full-width bar too.
+_FOREIGN = ("＜", "〈", "<｜ref", "<｜/ref", "<｜det", "<｜/det", "ref｜", "det｜")
 _BRACKETS = str.maketrans("（(［【〔〈〔）)］】〕〉，、．；", "[[[[[[[]]]]]],,.,")
 _COORDINATES = re.compile(r"[\s\d\[\],.+-]*")
+# How nearly all blocks begin, after the first tag: read at once.
+_AS_IT_SHOULD_BE = re.compile(r"([^<]*)<\|/ref\|><\|det\|>(\[[0-9\[\], .-]*)<\|/det\|>")
 _NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?")
 _WORD = re.compile(r"\s*[A-Za-z_-]{0,64}")
 # A place that is none is dropped up to this length; what is longer is text that was taken for a place.
@@ -75,6 +79,10 @@ def _parts(raw: str) -> Iterator[_Part]:
     before, *refs = _with_plain_tags(raw).split(_REF)
     yield from _dets("", before)
     for ref in filter(None, refs):
+        whole = _AS_IT_SHOULD_BE.match(ref)
+        if whole and ref.find(_DET, whole.end()) < 0:
+            yield _Part(whole[1], ref[whole.end() :], [_Place(whole[2])])
+            continue
         end, det = ref.find(_REF_END), ref.find(_DET)
         if det >= 0 and not 0 <= end < det:  # never closed
             yield from _dets(ref[:det], ref[det:])
@@ -86,7 +94,7 @@ def _parts(raw: str) -> Iterator[_Part]:
 
 def _with_plain_tags(raw: str) -> str:
     """Without full-width forms of the four tags, and without the beginning of one at the end."""
-    if any(char in raw for char in _FOREIGN):
+    if any(sign in raw for sign in _FOREIGN):
         raw = _FOREIGN_TAG.sub(r"<|\1\2|>", raw)
     last = raw.rfind("<")
     is_cut = last >= 0 and any(tag.startswith(raw[last:]) for tag in (_REF, _REF_END, _DET, _DET_END))
@@ -110,15 +118,15 @@ def _dets(label: str, rest: str) -> Iterator[_Part]:
 
 def _det(det: str) -> tuple[str, _Place, str]:
     """The label in a det, which some models write there; what stands for its boxes; and the text after it."""
-    narrow = det.translate(_BRACKETS)
+    closed = det.find(_DET_END)
+    narrow = (det if closed < 0 else det[:closed]).translate(_BRACKETS)
     word = _match(_WORD, narrow, 0)
     coordinates = _match(_COORDINATES, narrow, len(word))
     end = len(word) + len(coordinates)
     is_list = coordinates.lstrip().startswith("[")
     label = word.strip() if is_list else ""
-    if (is_list or not word.strip()) and det.startswith(_DET_END, end):
+    if (is_list or not word.strip()) and end == closed:
         return label, _Place(coordinates), det[end + len(_DET_END) :]
-    closed = det.find(_DET_END)
     if is_list and 0 <= closed <= _LONGEST_ODD:
         return label, _Place(_ODD), det[closed + len(_DET_END) :]
     if not is_list:
@@ -151,10 +159,12 @@ def _blocks(part: _Part, boxes: tuple[Box, ...]) -> Iterator[Block]:
         if not text:
             return
         label, boxes = "text", ()
-    pieces = [(piece.strip(), is_table) for piece, is_table in around_tables(text) if piece.strip()]
-    if any(is_table for _, is_table in pieces):
-        yield from _around_tables(label, pieces, boxes)
-    elif text or boxes:
+    if "<" in text:
+        pieces = [(piece.strip(), is_table) for piece, is_table in around_tables(text) if piece.strip()]
+        if any(is_table for _, is_table in pieces):
+            yield from _around_tables(label, pieces, boxes)
+            return
+    if text or boxes:
         yield Block(label=label, text=text, boxes=boxes)
 
 
@@ -198,7 +208,7 @@ def _label(label: str) -> str:
 
 
 def _cleaned(text: str) -> str:
-    if "<" in text:
+    if "<|" in text or "<｜" in text:
         text = _SPECIAL.sub("", text)
     return text.strip()
 
@@ -215,6 +225,9 @@ class _Boxes:
     too_many: bool = False
 
     def read(self, places: list[_Place]) -> tuple[Box, ...]:
+        if places and not self.left:
+            self.too_many = True
+            return ()
         return tuple(box for place in places for box in self._of_place(place))
 
     def warnings(self) -> tuple[str, ...]:
@@ -252,7 +265,7 @@ class _Boxes:
     def _corners(self, lists: list[str]) -> Iterator[tuple[float, float, float, float]]:
         """x1, y1, x2, y2 of each list of four numbers, or of each two that are points."""
         point: list[float] = []
-        for each in lists:
+        for each in filter(None, lists):
             numbers = [float(number) for number in _NUMBER.findall(each, each.rfind("[") + 1)]
             if len(numbers) == 2:
                 numbers = point + numbers
@@ -275,4 +288,5 @@ class _Boxes:
 
 
 def _pixel(value: float, side: int) -> int:
-    return round(min(max(value, 0.0), SCALE) / SCALE * side)
+    within = value if 0.0 <= value <= SCALE else min(max(value, 0.0), SCALE)
+    return round(within / SCALE * side)

@@ -6,10 +6,12 @@ answer can be wrong, but it is data.
 
 import contextlib
 import ctypes
+import functools
 import io
 import math
 import os
 import resource
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -47,6 +49,10 @@ LONGEST_SIDE = 65_500  # pixels, of a JPEG
 SMALL_PAGE = 250_000  # pixels: a PNG of it is no burden, and loses nothing
 JPEG_QUALITY = 92
 PAPER = 12  # shades of grey, of 255, that a page with nothing on it may have
+# To find page 2,000 PDFium walks past those before it, so a file stays open, but not until all its objects are in
+# memory, nor when there is nothing to do: it may have been deleted.
+PAGES_OF_AN_OPEN_FILE = 100
+OPEN_SECONDS = 5.0
 TEXT_LIMIT = 1 << 20  # bytes of a page's text layer
 MOST_FIGURES = 500  # of a page
 FIGURES_LIMIT = 128 << 20  # bytes of them together
@@ -74,7 +80,7 @@ def main() -> None:
     confine(limits)
     prepare_libraries()
     send(outgoing, b"")
-    while frame := receive(incoming):
+    while frame := awaited(incoming):
         task = msgspec.msgpack.decode(frame, type=Task)
         signal.setitimer(signal.ITIMER_PROF, limits.task_seconds)  # SIGPROF ends us, even deep in a library
         told = answer(task, limits)
@@ -115,6 +121,13 @@ def prepare_libraries() -> None:
     pillow_heif.options.DECODE_THREADS = 1
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     Image.MAX_IMAGE_PIXELS = None  # opened_image has the check, and says the numbers
+
+
+def awaited(incoming: IO[bytes]) -> bytes:
+    """Empty at the end."""
+    if not select.select([incoming], [], [], OPEN_SECONDS)[0]:
+        kept_open.cache_clear()
+    return receive(incoming)
 
 
 def receive(incoming: IO[bytes]) -> bytes:
@@ -160,7 +173,7 @@ def subject(task: Task) -> str:
 
 
 def inspected_pdf(task: Inspect, limits: Limits) -> Inspected:
-    with opened_pdf(task.path, task.password) as pdf:
+    with contextlib.closing(opened_pdf(task.path, task.password)) as pdf:
         pages = len(pdf)
         check_pages(pages, limits)
         width, height = pdf[0].get_size()
@@ -175,20 +188,22 @@ def check_pages(pages: int, limits: Limits) -> None:
         raise DocumentError(413, message, code="too_many_pages")
 
 
-@contextlib.contextmanager
-def opened_pdf(path: str, password: str) -> Iterator[pypdfium2.PdfDocument]:
+def opened_pdf(path: str, password: str) -> pypdfium2.PdfDocument:
     # The error of a load that fails without one is that of the last load that had one; now that is ERR_FILE.
     pypdfium2.raw.FPDF_LoadDocument(b"", None)
     try:
         pdf = pypdfium2.PdfDocument(path, password=password or None)
     except pypdfium2.PdfiumError as error:
         raise pdf_problem(error.err_code, password) from None
-    try:
-        if pdf.get_formtype() == pypdfium2.raw.FORMTYPE_ACRO_FORM:
-            pdf.init_forms()  # so that the fields are drawn; their scripts have nothing that would run them
-        yield pdf
-    finally:
-        pdf.close()
+    if pdf.get_formtype() == pypdfium2.raw.FORMTYPE_ACRO_FORM:
+        pdf.init_forms()  # so that the fields are drawn; their scripts have nothing that would run them
+    return pdf
+
+
+@functools.lru_cache(maxsize=1)
+def kept_open(path: str, password: str, *_: int) -> pypdfium2.PdfDocument:
+    """The same as before while all that is said is the same. What is no longer kept closes itself."""
+    return opened_pdf(path, password)
 
 
 def pdf_problem(code: int | None, password: str) -> DocumentError:
@@ -225,14 +240,17 @@ def ends_well(path: str) -> bool:
 
 
 def rendered_pdf(task: Render) -> Rendered:
-    with opened_pdf(task.path, task.password) as pdf:
-        check_number(task.number, len(pdf))
-        page = pdf[task.number - 1]
+    file = os.stat(task.path)
+    part = task.number // PAGES_OF_AN_OPEN_FILE
+    pdf = kept_open(task.path, task.password, part, file.st_ino, file.st_size, file.st_mtime_ns)
+    check_number(task.number, len(pdf))
+    with contextlib.closing(pdf[task.number - 1]) as page:
         width, height = page.get_size()
         scale = scale_of(task, width, height, task.dpi / POINTS_PER_INCH)
         # PDFium's sides are rounded up: a page of 1024.0000001 pixels is not to become one of 1025.
         image = page.render(scale=scale * (1 - 1e-6), rotation=task.rotation).to_pil()
-        return encoded(image.convert("RGB"), scale, text_layer(page))
+        # To convert what is RGB would copy it, which takes as long as drawing it.
+        return encoded(image if image.mode == "RGB" else image.convert("RGB"), scale, text_layer(page))
 
 
 def check_number(number: int, pages: int) -> None:

@@ -31,7 +31,7 @@ from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError, on_disk
 from vllm_unified.documents.reading import read_page, request_of
 from vllm_unified.documents.rendering import Rendered, Renderer
-from vllm_unified.documents.store import Document, Store, Webhook
+from vllm_unified.documents.store import Document, State, Store, Webhook
 from vllm_unified.documents.store import Upload as Accepted
 from vllm_unified.documents.uploads import Upload
 from vllm_unified.settings import Settings
@@ -89,6 +89,7 @@ class Service:
         self.max_upload_bytes = given.max_upload_mib << 20
         self.guard = guard.UNTESTED
         self._guarded = ""  # the model that it was tested with
+        self.counts: dict[State, int] = {}  # documents in each state, as of LOOK_SECONDS ago
         self._in_flight = InFlight()
         self._reading = 0
         self._fetches = asyncio.Semaphore(FETCHES)
@@ -98,7 +99,7 @@ class Service:
     async def start(self) -> None:
         await asyncio.to_thread(self._sweep)
         await self.jobs.start()
-        works = (self._watch_engine, self._watch_guard, self._expire, self._tell_ends)
+        works = (self._watch_engine, self._watch_guard, self._count, self._expire, self._tell_ends)
         self._beside = [asyncio.create_task(_for_ever(work)) for work in works]
 
     async def stop(self) -> None:
@@ -421,6 +422,10 @@ class Service:
             queue = await self.engine.queue(model.name)
             if queue is not None:
                 self._in_flight.observe(queue, self._reading, time.monotonic())
+        await asyncio.sleep(LOOK_SECONDS)
+
+    async def _count(self) -> None:
+        self.counts = await asyncio.to_thread(self.store.counts)
         await asyncio.sleep(LOOK_SECONDS)
 
     async def _watch_guard(self) -> None:

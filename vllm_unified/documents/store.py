@@ -391,7 +391,8 @@ class Store:
             .limit(most)
         )
         with self._transaction() as connection:
-            return [msgspec.msgpack.decode(result, type=Page) for result in connection.scalars(wanted)]
+            found = connection.scalars(wanted).all()
+        return [msgspec.msgpack.decode(result, type=Page) for result in found]
 
     def failures(self, document: str) -> list[tuple[int, str]]:
         """Pages that failed, with the reason."""

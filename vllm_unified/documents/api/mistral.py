@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from vllm_unified.documents.api.callers import Asking
 from vllm_unified.documents.api.forms import NO_JSON
-from vllm_unified.documents.api.tasks import require_success, service_of
+from vllm_unified.documents.api.tasks import as_json, require_success, service_of
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError, on_disk
@@ -79,7 +79,7 @@ async def read(request: Request, caller: Asking) -> Response:
         "document_annotation": None,
         "usage_info": {"pages_processed": len(pages), "doc_size_bytes": upload.size},
     }
-    return Response(msgspec.json.encode(document), media_type="application/json")
+    return await as_json(document)
 
 
 @contextlib.asynccontextmanager

@@ -1,5 +1,6 @@
 """The paths of OCRFlux's document API, with status codes that say what happened."""
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -8,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from vllm_unified.documents.api.callers import Asking
 from vllm_unified.documents.api.forms import Form, discarded_on_error, flag_in, json_form, received
-from vllm_unified.documents.api.tasks import require_success
+from vllm_unified.documents.api.tasks import as_json, require_success
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.service import Service
@@ -50,7 +51,8 @@ async def _converted(service: Service, form: Form, upload: Upload, options: Opti
     pages = await service.pages(task.id)
     require_success(status, pages)
     wanted = _wanted(form)
-    content = (service.folder_of(task.id) / OUTPUTS[wanted]).read_text(encoding="utf-8")
+    file = service.folder_of(task.id) / OUTPUTS[wanted]
+    content = await asyncio.to_thread(file.read_text, encoding="utf-8")
     fallback = [page.number for page in pages if page.reason]
     metadata: dict[str, Any] = {
         "filename": upload.name,
@@ -62,7 +64,7 @@ async def _converted(service: Service, form: Form, upload: Upload, options: Opti
     if form.fields.get("url"):
         metadata["url"] = form.fields["url"]
     answer = {"status": "success", "format": wanted, "content": content, "error": None, "metadata": metadata}
-    return JSONResponse(answer)
+    return await as_json(answer)
 
 
 def _wanted(form: Form) -> str:

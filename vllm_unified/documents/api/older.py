@@ -1,5 +1,6 @@
 """The paths of the DeepSeek-OCR applications before their tasks, and the door of their workers."""
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -12,7 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from vllm_unified.documents import products
 from vllm_unified.documents.api.callers import Asking
 from vllm_unified.documents.api.forms import NO_JSON, Form, discarded_on_error, received, small_body
-from vllm_unified.documents.api.tasks import require_success, service_of
+from vllm_unified.documents.api.tasks import as_json, require_success, service_of
 from vllm_unified.documents.options import Options, checked
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
@@ -77,10 +78,10 @@ async def read_pdf(request: Request, caller: Asking) -> Response:
     document = {
         "success": True,
         "total_pages": len(pages),
-        "pages": [_page(page, grounded=grounded) for page in pages],
+        "pages": await asyncio.to_thread(lambda: [_page(page, grounded=grounded) for page in pages]),
         "metadata": _metadata(form, task.id, pages[0]),
     }
-    return JSONResponse(document)
+    return await as_json(document)
 
 
 @router.post("/internal/infer")

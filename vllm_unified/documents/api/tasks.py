@@ -65,7 +65,7 @@ async def read_pdf(request: Request, caller: Asking, wait: Wait = 0.0) -> Respon
     if wait and len(tasks) == 1:
         status = await service.jobs.wait(tasks[0].id, min(wait, LONGEST_WAIT))
         if status.is_finished:
-            return JSONResponse(await task_document(service, status))
+            return await as_json(await task_document(service, status))
     answer: dict[str, Any] = {"task_id": tasks[0].id}
     if len(tasks) > 1:
         answer["task_ids"] = [task.id for task in tasks]
@@ -102,7 +102,7 @@ async def show_task(request: Request, caller: Asking, task_id: str, wait: Wait =
         status = await service.jobs.wait(task_id, min(wait, LONGEST_WAIT))
     else:
         status = await service.jobs.status(task_id)
-    return JSONResponse(await task_document(service, status))
+    return await as_json(await task_document(service, status))
 
 
 @router.get("/api/tasks/{task_id}/events")
@@ -119,7 +119,7 @@ async def cancel_task(request: Request, caller: Asking, task_id: str) -> Respons
     """Read no more of its pages; those that were read stay."""
     service = service_of(request)
     await own_document(service, caller, task_id)
-    return JSONResponse(await task_document(service, await service.jobs.cancel(task_id)))
+    return await as_json(await task_document(service, await service.jobs.cancel(task_id)))
 
 
 @router.post("/api/tasks/{task_id}/retry")
@@ -129,7 +129,7 @@ async def retry_task(request: Request, caller: Asking, task_id: str) -> Response
     await own_document(service, caller, task_id)
     form = await small_form(request)
     status = await service.jobs.retry_failed(task_id, form.get("password", ""))
-    return JSONResponse(await task_document(service, status), 202)
+    return await as_json(await task_document(service, status), 202)
 
 
 @router.delete("/api/tasks/{task_id}")
@@ -168,14 +168,24 @@ async def task_document(service: Service, status: Status) -> dict[str, Any]:
         failures = await asyncio.to_thread(service.store.failures, status.id)
         document["fallback_pages"] = [{"page": number, "reason": reason} for number, reason in failures]
     if status.state == "succeeded":
-        document["result"] = await _result(service, status.id)
+        pages = await service.pages(status.id)
+        document["result"] = await asyncio.to_thread(_result, service, status.id, pages)
     return document
 
 
-async def _result(service: Service, task_id: str) -> dict[str, Any]:
+async def as_json(document: dict[str, Any], status: int = 200) -> Response:
+    return Response(await encoded(document), status, media_type="application/json")
+
+
+async def encoded(document: dict[str, Any]) -> bytes:
+    """In a thread, as the result of a long document takes time that all others would wait for."""
+    return await asyncio.to_thread(msgspec.json.encode, document)
+
+
+def _result(service: Service, task_id: str, pages: list[Page]) -> dict[str, Any]:
+    """In a thread."""
     at = f"/api/tasks/{task_id}/download"
-    pages = await service.pages(task_id)
-    files = await asyncio.to_thread(service.products, task_id)
+    files = service.products(task_id)
     assets = [block.asset for page in pages for block in page.blocks if block.asset]
     return {
         "markdown_url": f"{at}/result.md",
@@ -262,7 +272,7 @@ async def _events(service: Service, task_id: str) -> AsyncIterator[bytes]:
                     yield b": still here\n\n"
                     continue
                 status = coming.result()
-                yield b"event: status\ndata: %b\n\n" % msgspec.json.encode(await task_document(service, status))
+                yield b"event: status\ndata: %b\n\n" % await encoded(await task_document(service, status))
                 coming = asyncio.ensure_future(anext(changes))
         except StopAsyncIteration:
             pass

@@ -1,0 +1,1 @@
+"""The document service in front of an OCR engine without a model."""
