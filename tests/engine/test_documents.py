@@ -6,9 +6,11 @@ import zipfile
 from collections.abc import Iterator
 
 import httpx
+import pypdfium2
 import pytest
 
 from demo.training import ocr, pages
+from tests.documents import own_pdf
 from tests.engine.conftest import HEADERS, Demo
 
 PAGES = (
@@ -76,3 +78,21 @@ def test_an_image_is_read_while_the_client_waits(client: httpx.Client) -> None:
 def test_status_shows_the_service(demo: Demo) -> None:
     documents = demo.status()["documents"]
     assert (documents["state"], documents["port"]) == ("running", demo.ports["documents"])
+
+
+def test_a_report_that_the_model_was_not_made_for(client: httpx.Client) -> None:
+    """Prose in other typefaces, a table over two pages, a chart, a scan on its side, Chinese: no page is lost."""
+    sent = {"files": {"pdf": ("report.pdf", own_pdf.document())}, "data": {"formats": "html,docx,text", "retries": "0"}}
+    task_id = client.post("/api/ocr/pdf", **sent).raise_for_status().json()["task_id"]  # type: ignore[arg-type]
+    deadline = time.monotonic() + 240
+    while (task := client.get(f"/api/tasks/{task_id}", params={"wait": 50}).json())["status"] in ("queued", "running"):
+        assert time.monotonic() < deadline, task
+    assert task["status"] == "succeeded", task
+    read = task["result"]["pages"]
+    assert [page["page_number"] for page in read] == list(range(1, len(own_pdf.PAGES) + 1))
+    # What the model made nothing of has the words that stand in the PDF itself, or is listed.
+    assert all(page["markdown"] or page["page_number"] in task["fallback_pages"] for page in read)
+    names = set(zipfile.ZipFile(io.BytesIO(client.get(task["result"]["archive_url"]).content)).namelist())
+    assert {"result.md", "raw.json", "result.html", "result.docx", "result.txt"} <= names
+    layout = client.get(f"/api/tasks/{task_id}/download/layout.pdf").raise_for_status().content
+    assert len(pypdfium2.PdfDocument(layout)) == len(own_pdf.PAGES)
