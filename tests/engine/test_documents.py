@@ -93,6 +93,6 @@ def test_a_report_that_the_model_was_not_made_for(client: httpx.Client) -> None:
     # What the model made nothing of has the words that stand in the PDF itself, or is listed.
     assert all(page["markdown"] or page["page_number"] in task["fallback_pages"] for page in read)
     names = set(zipfile.ZipFile(io.BytesIO(client.get(task["result"]["archive_url"]).content)).namelist())
-    assert {"result.md", "raw.json", "result.html", "result.docx", "result.txt"} <= names
+    assert {"result.md", "raw.json", "report.html", "report.docx", "report.txt"} <= names
     layout = client.get(f"/api/tasks/{task_id}/download/layout.pdf").raise_for_status().content
     assert len(pypdfium2.PdfDocument(layout)) == len(own_pdf.PAGES)

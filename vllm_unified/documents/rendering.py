@@ -305,7 +305,10 @@ class Worker:
                 await self._process.wait()
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        return await self._process.wait()
+        status = await self._process.wait()
+        # A pipe that was not read to its end stays open, and Process has no method that closes it.
+        self._process._transport.close()  # type: ignore[attr-defined]
+        return status
 
 
 def _unavailable(why: str) -> DocumentError:
