@@ -260,15 +260,19 @@ class Worker:
             {name: os.environ[name] for name in INHERITED if name in os.environ} | IMPORTS | ONE_THREAD | QUIET
         )
         argv = (sys.executable, "-m", "vllm_unified.documents.raster", msgspec.json.encode(limits).decode())
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(*argv, stdin=PIPE, stdout=PIPE, env=environment, limit=1 << 20)
+        )
         try:
-            process = await asyncio.create_subprocess_exec(
-                *argv, stdin=PIPE, stdout=PIPE, env=environment, limit=1 << 20
-            )
+            process = await asyncio.shield(starting)
         except OSError as error:
             raise _unavailable(str(error)) from None
-        if process.stdin is None or process.stdout is None:
-            raise RuntimeError("unreachable: both were asked for")
-        worker = cls(process, process.stdin, process.stdout)
+        except asyncio.CancelledError:
+            # Cancelled half-way itself, asyncio would leave a pipe open.
+            with contextlib.suppress(OSError):
+                await cls._of(await starting).end()
+            raise
+        worker = cls._of(process)
         try:
             async with asyncio.timeout(START_SECONDS):
                 await worker._receive()
@@ -278,6 +282,12 @@ class Worker:
             await worker.end()
             raise
         return worker
+
+    @classmethod
+    def _of(cls, process: Process) -> Self:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("unreachable: both were asked for")
+        return cls(process, process.stdin, process.stdout)
 
     @property
     def is_alive(self) -> bool:
