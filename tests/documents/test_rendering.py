@@ -528,15 +528,18 @@ def opened_by(process: psutil.Process) -> set[str]:
     return {file.path for file in process.open_files()}
 
 
-def test_a_task_that_is_cancelled_frees_its_place(files: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.001, 0.01, 0.1, 0.5, 1.5])  # at its start, and at work
+def test_a_task_that_is_cancelled_frees_its_place(files: tuple[Path, Path], seconds: float) -> None:
     hostile, good = files
+    before = workers()
 
     async def story(renderer: Renderer) -> str:
         slow = asyncio.create_task(renderer.render(hostile, Kind.PDF, 1))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(seconds)
         slow.cancel()
         with pytest.raises(asyncio.CancelledError):
             await slow
+        assert workers() == before
         return (await renderer.render(good, Kind.PDF, 2)).text
 
     assert in_a_renderer(story, processes=1) == "Two."

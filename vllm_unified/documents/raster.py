@@ -76,7 +76,7 @@ CLOCKWISE = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180, 27
 def main() -> None:
     limits = msgspec.json.decode(sys.argv[1], type=Limits)
     end_with_parent()
-    incoming, outgoing = taken_pipes()
+    incoming, outgoing = taken_connection()
     confine(limits)
     prepare_libraries()
     send(outgoing, b"")
@@ -94,8 +94,8 @@ def end_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent decides
 
 
-def taken_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """What were stdin and stdout, where no library can write into the answers any more."""
+def taken_connection() -> tuple[IO[bytes], IO[bytes]]:
+    """What was stdin and stdout, where no library can write into the answers any more."""
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)

@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import struct
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ Rotation = Literal[0, 90, 180, 270]
 
 WAIT_PER_SECOND = 10
 START_SECONDS = 120.0
-END_SECONDS = 5.0  # for one that has closed its output
+END_SECONDS = 5.0  # for one that has hung up
 TASKS_OF_A_PROCESS = 1000  # then a new one takes over: what the libraries leak does not add up
 LONGEST_ANSWER = 256 << 20  # bytes
 # Codes of errors that are the process' end
@@ -247,10 +248,10 @@ def words_of(status: int) -> str:
 class Worker:
     """One process that runs raster.py, and does one task after the other."""
 
-    def __init__(self, process: Process, stdin: asyncio.StreamWriter, stdout: asyncio.StreamReader) -> None:
+    def __init__(self, process: Process, incoming: asyncio.StreamReader, outgoing: asyncio.StreamWriter) -> None:
         self._process = process
-        self._stdin = stdin
-        self._stdout = stdout
+        self._incoming = incoming
+        self._outgoing = outgoing
         self.tasks = 0
 
     @classmethod
@@ -260,19 +261,21 @@ class Worker:
             {name: os.environ[name] for name in INHERITED if name in os.environ} | IMPORTS | ONE_THREAD | QUIET
         )
         argv = (sys.executable, "-m", "vllm_unified.documents.raster", msgspec.json.encode(limits).decode())
-        starting = asyncio.ensure_future(
-            asyncio.create_subprocess_exec(*argv, stdin=PIPE, stdout=PIPE, env=environment, limit=1 << 20)
-        )
-        try:
-            process = await asyncio.shield(starting)
-        except OSError as error:
-            raise _unavailable(str(error)) from None
-        except asyncio.CancelledError:
-            # Cancelled half-way itself, asyncio would leave a pipe open.
-            with contextlib.suppress(OSError):
-                await cls._of(await starting).end()
-            raise
-        worker = cls._of(process)
+        # Not asyncio's pipes: they stay open when a start is cancelled half-way, or what came is not read to its end.
+        ours, theirs = socket.socketpair()
+        with theirs:
+            incoming, outgoing = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *argv, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment
+                )
+            except OSError as error:
+                outgoing.close()
+                raise _unavailable(str(error)) from None
+            except BaseException:
+                outgoing.close()
+                raise
+        worker = cls(process, incoming, outgoing)
         try:
             async with asyncio.timeout(START_SECONDS):
                 await worker._receive()
@@ -283,42 +286,40 @@ class Worker:
             raise
         return worker
 
-    @classmethod
-    def _of(cls, process: Process) -> Self:
-        if process.stdin is None or process.stdout is None:
-            raise RuntimeError("unreachable: both were asked for")
-        return cls(process, process.stdin, process.stdout)
-
     @property
     def is_alive(self) -> bool:
-        return self._process.returncode is None and not self._stdout.at_eof()
+        return self._process.returncode is None and not self._has_hung_up
+
+    @property
+    def _has_hung_up(self) -> bool:
+        return self._incoming.at_eof() or self._incoming.exception() is not None
 
     async def ask(self, task: bytes) -> bytes:
         """Raises OSError or asyncio.IncompleteReadError when the process ends before it has answered."""
         self.tasks += 1
-        self._stdin.write(FRAME.pack(len(task)) + task)
-        await self._stdin.drain()
+        self._outgoing.write(FRAME.pack(len(task)) + task)
+        await self._outgoing.drain()
         return await self._receive()
 
     async def _receive(self) -> bytes:
-        (length,) = FRAME.unpack(await self._stdout.readexactly(FRAME.size))
+        (length,) = FRAME.unpack(await self._incoming.readexactly(FRAME.size))
         if length > LONGEST_ANSWER:
             raise ConnectionError(f"an answer of {length} bytes")
-        return await self._stdout.readexactly(length)
+        return await self._incoming.readexactly(length)
 
     async def end(self) -> int:
         """The status of the process as subprocess has it; it is killed, where it has not ended by itself."""
-        self._stdin.close()
-        # Popen.kill would reap one that has just ended, and asyncio never learn its status.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_SECONDS if self._stdout.at_eof() else 0):
-                await self._process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        status = await self._process.wait()
-        # A pipe that was not read to its end stays open, and Process has no method that closes it.
-        self._process._transport.close()  # type: ignore[attr-defined]
-        return status
+        seconds = END_SECONDS if self._has_hung_up else 0
+        self._outgoing.transport.abort()
+        exited = asyncio.ensure_future(self._process.wait())
+        try:
+            # Popen.kill would reap one that has just ended, and asyncio never learn its status. Not asyncio.timeout,
+            # whose end is a cancellation like ours, when we are cancelled.
+            await asyncio.wait([exited], timeout=seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        return await exited
 
 
 def _unavailable(why: str) -> DocumentError:
