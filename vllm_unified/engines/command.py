@@ -109,6 +109,8 @@ def _environment(settings: Settings, placed: Placed) -> dict[str, str]:
         "VLLM_PORT": str(FIRST_INTERNAL_PORT + model.number * INTERNAL_PORTS),
         # Kept between starts: compiled graphs, and what vLLM found out about each architecture.
         "VLLM_CACHE_ROOT": str(settings.run / "cache" / "vllm"),
+        # Its default is in TMPDIR, which is another folder at each start.
+        "TORCHINDUCTOR_CACHE_DIR": str(settings.run / "cache" / "torchinductor"),
         **_device_environment(settings, placed),
         **_secrets(settings),
         **settings.engine_env,
