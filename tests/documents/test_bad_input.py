@@ -629,12 +629,14 @@ def test_large_documents_in_base64_at_once(served: Served, client: httpx.Client)
 def test_a_second_request_costs_none_of_the_first_ones_tasks(client: httpx.Client) -> None:
     """It has the same idempotency key and the same first file, and is refused for its second one."""
 
+    one, two = pdf_of(1), pdf_of(2)  # with the second in which they were made
+
     def send(second: bytes) -> httpx.Response:
-        files = [("files", ("one.pdf", pdf_of(1))), ("files", ("two.pdf", second))]
+        files = [("files", ("one.pdf", one)), ("files", ("two.pdf", second))]
         return client.post("/api/ocr/pdf", files=files, headers={"idempotency-key": "several"})
 
-    tasks = send(pdf_of(2)).raise_for_status().json()["task_ids"]
-    assert send(pdf_of(2)).json()["task_ids"] == tasks
+    tasks = send(two).raise_for_status().json()["task_ids"]
+    assert send(two).json()["task_ids"] == tasks
     assert send(pdf_of(3)).status_code == 409
     assert send(b"%PDF-1.7 nothing").status_code == 422
     for task in tasks:

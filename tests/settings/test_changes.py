@@ -57,7 +57,7 @@ def test_nothing_has_changed(project: Project) -> None:
     assert changed(project, models, dict(reversed(models.items()))).document() == NOTHING
 
 
-@pytest.mark.parametrize("field", LIVE_FIELDS)
+@pytest.mark.parametrize("field", sorted(LIVE_FIELDS))
 def test_a_live_field_of_a_model(project: Project, field: str) -> None:
     new = {"chat": {**CHAT, field: MODEL_FIELDS[field][0]}}
     found = changed(project, {"chat": CHAT}, new)
@@ -67,7 +67,7 @@ def test_a_live_field_of_a_model(project: Project, field: str) -> None:
     assert getattr(found.settings.models[0], field) == getattr(loaded(project, new).models[0], field)
 
 
-@pytest.mark.parametrize("field", RESTART_FIELDS)
+@pytest.mark.parametrize("field", sorted(RESTART_FIELDS))
 def test_a_field_that_an_engine_was_started_with(project: Project, field: str) -> None:
     """It is served as before until the restart, and after it all is as in the file."""
     old = loaded(project, {"chat": CHAT, "other": OTHER})
@@ -82,7 +82,7 @@ def test_a_field_that_an_engine_was_started_with(project: Project, field: str) -
     assert taken_up.settings.models == new.models
 
 
-@pytest.mark.parametrize("field", ROUTER_FIELDS)
+@pytest.mark.parametrize("field", sorted(ROUTER_FIELDS))
 def test_a_field_of_the_router(project: Project, field: str) -> None:
     value = ROUTER_FIELDS[field][0]
     old = loaded(project, {"chat": CHAT})

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_unified.errors import OPENAI_ERROR
 from vllm_unified.router.problems import Shape
 from vllm_unified.router.registry import Registry
 from vllm_unified.router.routes import ROUTES, Route
@@ -114,22 +115,7 @@ OF_OWN: dict[str, tuple[int, ...]] = {
 }
 COMPONENTS: dict[str, Schema] = {
     "schemas": {
-        "Error": {
-            "type": "object",
-            "required": ["error"],
-            "properties": {
-                "error": {
-                    "type": "object",
-                    "required": ["message", "type", "param", "code"],
-                    "properties": {
-                        "message": {"type": "string", "description": "what is wrong, and what to do"},
-                        "type": {"type": "string", "examples": ["invalid_request_error", "server_error"]},
-                        "param": {"type": ["string", "null"], "description": "the field that is wrong"},
-                        "code": {"type": ["string", "integer", "null"], "examples": ["model_not_found"]},
-                    },
-                }
-            },
-        },
+        "Error": OPENAI_ERROR,
         "AnthropicError": {
             "type": "object",
             "required": ["type", "error"],

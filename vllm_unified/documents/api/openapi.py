@@ -14,6 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from vllm_unified.documents.api.mistral import Asked
 from vllm_unified.documents.api.older import Inference
 from vllm_unified.documents.options import LIMITS, Options
+from vllm_unified.errors import OPENAI_ERROR
 
 Schema = dict[str, Any]
 
@@ -140,19 +141,8 @@ HEADERS: Mapping[str, Schema] = {
     "retry-after": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}},
 }
 _MESSAGE: Schema = {"type": "string", "description": "what is wrong, and what to do"}
-_NULLABLE: Schema = {"type": ["string", "null"]}
 SCHEMAS: Mapping[str, Schema] = {
-    "Error": {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {"message": _MESSAGE, "type": _TEXT, "param": _NULLABLE, "code": _NULLABLE},
-            }
-        },
-    },
+    "Error": OPENAI_ERROR,
     "ConvertError": {
         "type": "object",
         "required": ["status", "error"],
