@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import random
+import signal
 import socket
 import sys
 import time
@@ -22,6 +23,9 @@ FAKE_ENGINE = f"{sys.executable} {CHECKOUT / 'tests' / 'fake_engine.py'}"
 TOPOLOGIES = CHECKOUT / "tests" / "topologies"
 AUTHORITY = CHECKOUT / "tests" / "settings" / "authority.pem"  # a certificate, in force until 2126
 API_KEY = "sk-of-the-tests"
+
+# A shell that starts the tests in the background has Ctrl-C ignored, by them and by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
