@@ -5,8 +5,11 @@ readonly CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
+# shellcheck source=scripts/docker.sh
+source scripts/docker.sh
 
 readonly INSTALL_GB=8
+readonly IN_CONTAINER=/app
 
 usage() {
   cat <<'EOF'
@@ -15,7 +18,9 @@ usage: ./deploy.sh VERB [options]
   start [--demo] [--timeout S]    bring every model up and wait until all are ready
                                   --demo: four small models that need neither a GPU nor a download of weights
                                   --timeout: give up waiting after S seconds (default 1800); the models go on
-                                  --native: in a virtual environment on this machine (the only way so far)
+                                  --docker: in a container, of an image that ./build.sh made or that was loaded
+                                  --native: in a virtual environment on this machine
+                                  Without either, Docker where it has the image. Nothing is ever pulled
   start MODEL                     one model, after it was stopped
   stop [MODEL]                    end all, or one model; requests in flight are finished first
   restart [MODEL]                 all of it, or one model
@@ -30,7 +35,10 @@ usage: ./deploy.sh VERB [options]
   check                           is the configuration right, and can this machine run it?
   plan [--json] [--devices FILE]  which model takes how much of which device, and what does not fit
                                   --devices: plan for the devices in FILE in place of this machine's
-  clean [--force]                 stop, and remove .venv, run/ and models/demo; configuration, key and weights stay
+  update [--timeout S]            Docker: take the image that was built or loaded since; back to the old one when
+                                  the new one does not become ready
+  clean [--force]                 stop, and remove .venv, run/ and models/demo, or in Docker the container, its images
+                                  and cache; configuration, key, jobs and weights stay
   help                            this text
 
 examples:
@@ -46,7 +54,10 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | reload | status | logs | health | selftest | check | plan | clean) "verb_$verb" "$@" ;;
+    start | stop | restart | reload | status | logs | health | selftest | check | plan | update | clean)
+      find_runtime
+      "verb_$verb" "$@"
+      ;;
     help | -h | --help) usage ;;
     *)
       usage >&2
@@ -60,7 +71,7 @@ verb_start() {
     start_one "$1"
     return
   fi
-  local config=config/models.json timeout=1800
+  local config=config/models.json timeout=1800 wanted=''
   while (($#)); do
     case $1 in
       --demo) config=config/models.demo.json ;;
@@ -69,25 +80,28 @@ verb_start() {
         timeout=$2
         shift
         ;;
-      --native) ;;
-      --docker) die "running in Docker is not there yet; leave --docker out to run natively" ;;
+      --native | --docker) wanted=${1#--} ;;
       *) wrong_usage "$1" ;;
     esac
     shift
   done
-  config=$(realpath "$(home)/$config")
   lock
+  if [[ $RUNTIME == docker ]] || ! is_running; then choose_runtime "$wanted"; fi
+  if [[ -n $wanted && $wanted != "$RUNTIME" ]]; then die "already running, $RUNTIME; ./deploy.sh stop ends it first"; fi
+  CONFIG=$config
+  config=$(config_path "$config")
   # Not with &&, which would switch `set -e` off inside.
   if is_running; then
     already_running "$config" "$timeout"
     return
   fi
   trap 'interrupted' INT TERM
-  pre_flight "$config"
-  if needs_vllm "$config"; then install_vllm; fi
-  if is_demo "$config"; then make_demo_models; fi
-  cli --config "$config" check --machine >/dev/null
-  launch "$config"
+  if [[ $RUNTIME == docker ]]; then
+    LAUNCHED=yes
+    start_in_docker
+  else
+    start_natively "$config"
+  fi
   unlock
   wait_until_ready "$timeout"
   trap - INT TERM
@@ -109,12 +123,13 @@ verb_stop() {
 
 stop() {
   lock
-  if ! is_running; then
+  if ! is_running && [[ -z $CONTAINER ]]; then
     remove_state
     say "not running"
     return
   fi
   stop_all
+  CONTAINER=''
   say "stopped"
 }
 
@@ -122,11 +137,11 @@ verb_restart() {
   (($# <= 1)) || wrong_usage "$2"
   if (($# == 0)); then
     must_run
-    local config
-    config=$(<"$(home)/run/config")
+    local config runtime=$RUNTIME
+    config=$(running_config)
     cli --config "$config" check --machine
     stop
-    if is_demo "$config"; then verb_start --demo; else verb_start; fi
+    if is_demo "$config"; then verb_start --demo "--$runtime"; else verb_start "--$runtime"; fi
     return
   fi
   lock_running
@@ -166,9 +181,9 @@ verb_logs() {
     shift
   done
   local folder name files=()
-  folder=$(home)/run/logs
+  folder=$(run_folder)/logs
   for name in "${names[@]}"; do
-    [[ $name =~ ^[A-Za-z0-9_-]+$ && -f $folder/$name.log ]] ||
+    { [[ $name =~ ^[A-Za-z0-9_-]+$ ]] && inside test -f "$folder/$name.log"; } ||
       die "no log of \"$name\"; there are: $(log_names "$folder")"
     files+=("$folder/$name.log")
   done
@@ -176,7 +191,7 @@ verb_logs() {
     for name in $(log_names "$folder"); do files+=("$folder/$name.log"); done
   fi
   ((${#files[@]})) || die "no logs yet; start it with ./deploy.sh start"
-  tail -n "$lines" "${follow[@]}" "${files[@]}"
+  inside tail -n "$lines" "${follow[@]}" "${files[@]}"
 }
 
 verb_health() {
@@ -192,23 +207,43 @@ verb_selftest() {
 
 verb_check() {
   (($# == 0)) || wrong_usage "$1"
-  install_package
+  [[ $RUNTIME == docker ]] || install_package
   cli check --machine
 }
 
 verb_plan() {
-  install_package >&2
   local home config=()
   home=$(home)
-  is_running && config=(--config "$(<"$home/run/config")")
-  (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" plan "$@")
+  is_running && config=(--config "$(running_config)")
+  if [[ $RUNTIME == docker ]]; then
+    cli "${config[@]}" plan "$@"
+  else
+    install_package >&2
+    (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" plan "$@")
+  fi
+}
+
+verb_update() {
+  local timeout=1800
+  if [[ ${1:-} == --timeout ]]; then
+    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--timeout wants a number of seconds"
+    timeout=$2
+    shift 2
+  fi
+  (($# == 0)) || wrong_usage "$1"
+  [[ $RUNTIME == docker ]] || die "is for Docker; here bring the new source, then: ./deploy.sh restart"
+  lock_running
+  update_in_docker "$timeout"
 }
 
 verb_clean() {
   [[ $# == 0 || ($# == 1 && $1 == --force) ]] || wrong_usage "${2:-$1}"
-  local targets=("$VENV" "$(home)/run" "$(home)/models/demo")
-  say "removes: ${targets[*]}"
-  say "keeps:   configuration, .env, all other models"
+  local targets=("$VENV" "$(home)/run" "$(home)/models/demo") things=()
+  if [[ $RUNTIME == docker ]]; then
+    mapfile -t things < <(for kind in container volume image; do labelled "$kind"; done)
+  fi
+  say "removes: ${targets[*]} ${things[*]}"
+  say "keeps:   configuration, .env, all other models${things:+; the volumes with jobs and models}"
   if [[ ${1:-} != --force ]]; then
     [[ -t 0 ]] || die "asks before it removes; say --force where nobody can answer"
     local answer
@@ -216,16 +251,63 @@ verb_clean() {
     [[ $answer == [yY]* ]] || die "nothing was removed"
   fi
   lock
-  if is_running; then stop_all; fi
+  if [[ $RUNTIME == docker ]]; then clean_in_docker; elif is_running; then stop_all; fi
   rm -rf -- "${targets[@]}"
   say "removed"
 }
 
+# --- in a container, or in .venv ---
+
+# RUNTIME and CONTAINER: of what runs here, or natively where nothing does.
+find_runtime() {
+  RUNTIME=native CONTAINER=''
+  [[ -S $(home)/run/supervisor.sock ]] && return
+  CONTAINER=$(container)
+  [[ -z $CONTAINER ]] || RUNTIME=docker
+}
+
+choose_runtime() { # native, docker or nothing: as it comes
+  case $1 in
+    ?*) RUNTIME=$1 ;;
+    *) if [[ -n $CONTAINER ]] || { docker_answers && has_image "$(image)"; }; then RUNTIME=docker; fi ;;
+  esac
+  if [[ $RUNTIME == docker ]]; then say "In Docker, of $(image)"; else say "Natively, in $VENV"; fi
+}
+
+# Where the deployment is.
+inside() {
+  if [[ $RUNTIME == docker ]]; then
+    local terminal=()
+    [[ -t 1 ]] && terminal=(--tty)
+    [[ -t 0 && -t 1 ]] && terminal+=(--interactive)
+    docker exec "${terminal[@]}" "$CONTAINER" "$@"
+  else
+    "$@"
+  fi
+}
+cli() { if [[ $RUNTIME == docker ]]; then inside vllm-unified "$@"; else "$VENV/bin/vllm-unified" "$@"; fi; }
+supervisorctl() {
+  local program=$VENV/bin/supervisorctl
+  [[ $RUNTIME == docker ]] && program=supervisorctl
+  inside "$program" -c "$(run_folder)/supervisord.conf" "$@"
+}
+run_folder() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/run"; else say "$(home)/run"; fi; }
+running_config() { inside cat "$(run_folder)/config"; }
+config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG
+
 # --- the parts of start, in their order ---
+
+start_natively() { # CONFIG
+  pre_flight "$1"
+  if needs_vllm "$1"; then install_vllm; fi
+  if is_demo "$1"; then make_demo_models; fi
+  cli --config "$1" check --machine >/dev/null
+  launch "$1"
+}
 
 already_running() { # CONFIG TIMEOUT
   local running report
-  running=$(<"$(home)/run/config")
+  running=$(running_config)
   [[ $running == "$1" ]] || die "already running with $running; ./deploy.sh stop ends it first"
   unlock
   if report=$(cli status); then
@@ -305,15 +387,20 @@ interrupted() {
 
 # --- the running deployment ---
 
-supervisorctl() { "$VENV/bin/supervisorctl" -c "$(home)/run/supervisord.conf" "$@"; }
 must_run() { is_running || die "not running; start it with ./deploy.sh start"; }
 lock_running() {
   must_run
   lock
 }
-is_running() { [[ -S $(home)/run/supervisor.sock ]] && supervisorctl pid >/dev/null 2>&1; }
+is_running() {
+  [[ $RUNTIME == docker || -S $(home)/run/supervisor.sock ]] && supervisorctl pid >/dev/null 2>&1
+}
 
 stop_all() {
+  if [[ $RUNTIME == docker ]]; then
+    compose down
+    return
+  fi
   local pid
   pid=$(supervisorctl pid 2>/dev/null) || pid=
   if [[ -n $pid ]]; then
@@ -345,14 +432,14 @@ lock() {
 }
 unlock() { exec 9<&-; }
 
-installed() { [[ -x $VENV/bin/vllm-unified ]] || die "not installed yet; ./deploy.sh start does it"; }
+installed() { [[ $RUNTIME == docker || -x $VENV/bin/vllm-unified ]] || die "not installed yet; ./deploy.sh start does it"; }
 known_model() { supervisorctl status "engines:$1" >/dev/null || (($? == 3)) || die "no model \"$1\" runs here; see ./deploy.sh status"; }
 must_be_enabled() { # MODEL
   local keys
-  keys=$(cli --config "$(<"$(home)/run/config")" engines)
+  keys=$(cli --config "$(running_config)" engines)
   [[ $'\n'$keys$'\n' == *$'\n'"$1"$'\n'* ]] || die "\"$1\" is not enabled; enable it in the configuration, and ./deploy.sh reload"
 }
-log_names() { find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
+log_names() { inside find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
 wrong_usage() {
   printf 'deploy.sh: what is "%s"?\n\n' "$1" >&2
   usage >&2

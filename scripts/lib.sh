@@ -14,7 +14,6 @@ die() {
 }
 
 home() { realpath "${VLLM_UNIFIED_HOME:-$PWD}"; }
-cli() { "$VENV/bin/vllm-unified" "$@"; }
 
 # step WHAT COMMAND…: run the command with its output in run/logs/install.log and the seconds on the screen
 step() {
