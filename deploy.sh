@@ -271,7 +271,7 @@ choose_runtime() { # native, docker or nothing: as it comes
     ?*) RUNTIME=$1 ;;
     *) if [[ -n $CONTAINER ]] || { docker_answers && has_image "$(image)"; }; then RUNTIME=docker; fi ;;
   esac
-  if [[ $RUNTIME == docker ]]; then say "In Docker, of $(image)"; else say "Natively, in $VENV"; fi
+  [[ $RUNTIME == docker ]] || say "Natively, in $VENV"
 }
 
 # Where the deployment is.

@@ -19,7 +19,7 @@ docker_answers() { command -v docker >/dev/null && timeout 10 docker info >/dev/
 container() {
   command -v docker >/dev/null || return 0
   timeout 10 docker ps --all --quiet --filter "label=com.docker.compose.project.working_dir=$(home)" \
-    --filter label=com.docker.compose.service=vllm-unified 2>/dev/null | head -n 1
+    --filter label=com.docker.compose.service=vllm-unified 2>/dev/null | head -n 1 || true
 }
 container_state() { docker container inspect --format '{{.State.Status}}' "$CONTAINER" 2>/dev/null || say none; }
 
@@ -48,8 +48,9 @@ must_be_for_this_machine() { # IMAGE
 }
 
 start_in_docker() {
-  say "Pre-flight. Nothing is started yet."
   docker_pre_flight
+  say "In Docker, of the image $(image)"
+  say "Pre-flight. Nothing is started yet."
   compose run --rm --no-deps -T vllm-unified vllm-unified check --machine || exit 1
   if ! compose up --detach; then
     compose down >/dev/null 2>&1 || true
