@@ -86,8 +86,11 @@ verb_start() {
     shift
   done
   lock
-  if [[ $RUNTIME == docker ]] || ! is_running; then choose_runtime "$wanted"; fi
-  if [[ -n $wanted && $wanted != "$RUNTIME" ]]; then die "already running, $RUNTIME; ./deploy.sh stop ends it first"; fi
+  if [[ -n $CONTAINER ]] || is_running; then
+    [[ -z $wanted || $wanted == "$RUNTIME" ]] || die "already here: $RUNTIME; ./deploy.sh stop ends that first"
+  else
+    choose_runtime "$wanted"
+  fi
   CONFIG=$config
   config=$(config_path "$config")
   # Not with &&, which would switch `set -e` off inside.
@@ -106,7 +109,7 @@ verb_start() {
   wait_until_ready "$timeout"
   trap - INT TERM
   say
-  cli welcome
+  welcome
 }
 
 verb_stop() {
@@ -266,11 +269,12 @@ find_runtime() {
   [[ -z $CONTAINER ]] || RUNTIME=docker
 }
 
-choose_runtime() { # native, docker or nothing: as it comes
-  case $1 in
-    ?*) RUNTIME=$1 ;;
-    *) if [[ -n $CONTAINER ]] || { docker_answers && has_image "$(image)"; }; then RUNTIME=docker; fi ;;
-  esac
+choose_runtime() { # native, docker, or nothing: as it comes
+  if [[ -n $1 ]]; then
+    RUNTIME=$1
+  elif docker_answers && has_image "$(image)"; then
+    RUNTIME=docker
+  fi
   [[ $RUNTIME == docker ]] || say "Natively, in $VENV"
 }
 
@@ -292,6 +296,14 @@ supervisorctl() {
   inside "$program" -c "$(run_folder)/supervisord.conf" "$@"
 }
 run_folder() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/run"; else say "$(home)/run"; fi; }
+# The examples run on the host, where a file in the container has another name.
+welcome() {
+  if [[ $RUNTIME == docker ]]; then
+    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $(docker container inspect --format '{{slice .Name 1}}' "$CONTAINER") &|"
+  else
+    cli welcome
+  fi
+}
 running_config() { inside cat "$(run_folder)/config"; }
 config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG
 

@@ -51,7 +51,10 @@ start_in_docker() {
   docker_pre_flight
   say "In Docker, of the image $(image)"
   say "Pre-flight. Nothing is started yet."
-  compose run --rm --no-deps -T vllm-unified vllm-unified check --machine || exit 1
+  if ! compose --progress quiet run --rm --no-deps -T vllm-unified vllm-unified check --machine; then
+    compose down >/dev/null 2>&1 || true
+    exit 1
+  fi
   if ! compose up --detach; then
     compose down >/dev/null 2>&1 || true
     die "the container did not start; the line above says why, and nothing is left of it"
