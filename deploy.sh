@@ -242,9 +242,7 @@ verb_update() {
 verb_clean() {
   [[ $# == 0 || ($# == 1 && $1 == --force) ]] || wrong_usage "${2:-$1}"
   local targets=("$VENV" "$(home)/run" "$(home)/models/demo") things=()
-  if [[ $RUNTIME == docker ]]; then
-    mapfile -t things < <(for kind in container volume image; do labelled "$kind"; done)
-  fi
+  if docker_answers; then mapfile -t things < <(labelled container && labelled volume && labelled image); fi
   say "removes: ${targets[*]} ${things[*]}"
   say "keeps:   configuration, .env, all other models${things:+; the volumes with jobs and models}"
   if [[ ${1:-} != --force ]]; then
@@ -254,7 +252,8 @@ verb_clean() {
     [[ $answer == [yY]* ]] || die "nothing was removed"
   fi
   lock
-  if [[ $RUNTIME == docker ]]; then clean_in_docker; elif is_running; then stop_all; fi
+  if [[ $RUNTIME == docker ]] || is_running; then stop_all; fi
+  if ((${#things[@]})); then clean_docker; fi
   rm -rf -- "${targets[@]}"
   say "removed"
 }

@@ -108,12 +108,15 @@ labelled() { # KIND: the names of this project's own
   case $1 in
     container) docker ps --all --filter "label=com.docker.compose.project.working_dir=$(home)" --format '{{.Names}}' ;;
     volume) docker volume ls --filter label=vllm-unified=cache --format '{{.Name}}' ;;
-    image) docker image ls --filter label=vllm-unified --format '{{.Repository}}:{{.Tag}}' ;;
+    image)
+      local image
+      image=$(image)
+      docker image ls --filter label=vllm-unified --filter "reference=${image%:*}" --format '{{.Repository}}:{{.Tag}}'
+      ;;
   esac
 }
 
-clean_in_docker() {
-  stop_all
+clean_docker() {
   local name
   for name in $(labelled volume); do docker volume rm "$name" >/dev/null && say "removed the volume $name"; done
   for name in $(labelled image); do docker image rm "$name" >/dev/null && say "removed the image $name"; done
