@@ -12,6 +12,7 @@ compose() {
 }
 
 image() { compose config --images 2>/dev/null | head -n 1; }
+project() { compose config --format json | sed -n 's/^  "name": "\(.*\)",$/\1/p'; }
 has_image() { docker image inspect "$1" >/dev/null 2>&1; } # IMAGE
 docker_answers() { command -v docker >/dev/null && timeout 10 docker info >/dev/null 2>&1; }
 
@@ -107,7 +108,7 @@ update_in_docker() { # TIMEOUT
 labelled() { # KIND: the names of this project's own
   case $1 in
     container) docker ps --all --filter "label=com.docker.compose.project.working_dir=$(home)" --format '{{.Names}}' ;;
-    volume) docker volume ls --filter label=vllm-unified=cache --format '{{.Name}}' ;;
+    volume) docker volume ls --filter label=vllm-unified=cache --filter "label=com.docker.compose.project=$(project)" --format '{{.Name}}' ;;
     image)
       local image
       image=$(image)
