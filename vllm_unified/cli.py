@@ -278,10 +278,11 @@ def status(project: Project, as_json: bool, watched: bool) -> None:
 
 
 @cli.command()
+@click.option("--ready", is_flag=True, help="Ask only for the required models, as a container's health check does.")
 @click.pass_obj
-def health(project: Project) -> None:
+def health(project: Project, ready: bool) -> None:
     """Print the router's own report. Exits with 0 when every model is healthy, else with 3."""
-    url = f"{project.running_settings().router_url}/health"
+    url = f"{project.running_settings().router_url}/{'ready' if ready else 'health'}"
     try:
         code, report = loopback.get(url, timeout=10)
     except OSError as error:
