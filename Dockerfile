@@ -12,35 +12,35 @@ WORKDIR /build
 COPY scripts/install_into_image scripts/
 COPY LICENSE README.md pyproject.toml ./
 COPY vllm_unified vllm_unified
-RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca \
+RUN --mount=type=secret,id=pip.conf,target=/build/pip.conf --mount=type=secret,id=ca,target=/build/ca \
     scripts/install_into_image wheel
 
 FROM $BASE_IMAGE
 USER root
-RUN --mount=type=bind,source=scripts/install_into_image,target=/build/install \
+RUN --mount=type=tmpfs,target=/tmp \
+    --mount=type=bind,source=scripts/install_into_image,target=/build/install_into_image \
     --mount=type=bind,source=pyproject.toml,target=/build/pyproject.toml \
     --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
-    --mount=type=secret,id=pip.conf --mount=type=secret,id=ca --mount=type=tmpfs,target=/tmp \
-    /build/install dependencies
-RUN --mount=type=bind,source=scripts,target=/build/scripts \
+    --mount=type=secret,id=pip.conf,target=/build/pip.conf --mount=type=secret,id=ca,target=/build/ca \
+    /build/install_into_image dependencies
+RUN --mount=type=tmpfs,target=/tmp \
+    --mount=type=bind,source=scripts,target=/build/scripts \
     --mount=type=bind,source=config,target=/build/config \
-    --mount=type=bind,from=wheel,source=/build/dist,target=/build/dist --mount=type=tmpfs,target=/tmp \
+    --mount=type=bind,from=wheel,source=/build/dist,target=/build/dist \
     /build/scripts/install_into_image package
 
 # HOME and USER also for a uid that the image has no name for, as with `docker run --user`.
 # Inside, everything listens; which port of the host leads there is said where it is published.
 ENV HOME=/app USER=vllm-unified VLLM_UNIFIED_HOME=/app VLLM_ROUTER_HOST=0.0.0.0 VLLM_ENGINE_HOST=0.0.0.0
 WORKDIR /app
-USER 1000:0
 
 ARG DOWNLOAD_MODELS=false
-RUN --mount=type=secret,id=ca,mode=0444 --mount=type=secret,id=hf_token,uid=1000 \
-    if [ "$DOWNLOAD_MODELS" = true ]; then \
-      if [ -f /run/secrets/ca ]; then export SSL_CERT_FILE=/run/secrets/ca REQUESTS_CA_BUNDLE=/run/secrets/ca; fi; \
-      if [ -f /run/secrets/hf_token ]; then HF_TOKEN=$(cat /run/secrets/hf_token); export HF_TOKEN; fi; \
-      vllm-unified models download; \
-    fi
+RUN --mount=type=tmpfs,target=/tmp \
+    --mount=type=bind,source=scripts/install_into_image,target=/build/install_into_image \
+    --mount=type=secret,id=ca,target=/build/ca,mode=0444 --mount=type=secret,id=hf_token,target=/build/hf_token \
+    /build/install_into_image models
 
+USER 1000:0
 # 8010, of the document service, is reached through the router.
 EXPOSE 8000 8001 8002 8003 8004
 # The start period is router.startup_timeout: large weights take minutes.

@@ -25,8 +25,8 @@ def test_the_base_image_is_that_of_the_versions() -> None:
 
 
 def test_every_dependency_has_a_version_that_fits() -> None:
-    lines = (CHECKOUT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    locked = {name: version for name, version in re.findall(r"^([\w.-]+)==([^ ]+)", "\n".join(lines), re.MULTILINE)}
+    lock = (CHECKOUT / "requirements.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([\w-]+)==(\S+)", lock, re.MULTILINE))
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for requirement in map(Requirement, project["dependencies"]):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement

@@ -104,7 +104,7 @@ class Deployment:
             CHECKOUT / "tests/containers/compose.yml",
         )
         named = [word for file in files for word in ("--file", str(file))]
-        command = ("docker", "compose", "--project-directory", self.home, *named, *arguments)
+        command: list[str | Path] = ["docker", "compose", "--project-directory", self.home, *named, *arguments]
         done = run(*command, env={**os.environ, "VLLM_UNIFIED_CONFIG": "config/models.demo.json"})
         assert done.returncode == 0, f"{arguments}: {done.stderr}"
         return done.stdout

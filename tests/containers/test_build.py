@@ -12,6 +12,9 @@ from tests.conftest import CHECKOUT, eventually
 from tests.containers.conftest import SECRET, Built, build, docker, run, timed
 from vllm_unified import __version__
 
+# The models of the other file want GPUs, and nothing is started without.
+DEMO = ("--env", "VLLM_UNIFIED_CONFIG=config/models.demo.json")
+
 
 def inspected(image: str) -> Any:
     return json.loads(docker("image", "inspect", image))[0]
@@ -77,7 +80,7 @@ def test_no_layer_keeps_a_secret(built: Built) -> None:
 
 
 def test_a_user_without_a_name_can_run_it(built: Built, container: str) -> None:
-    docker("run", "--detach", "--name", container, "--user", "4321", built.image)
+    docker("run", "--detach", "--name", container, "--user", "4321", *DEMO, built.image)
     ask = ("docker", "exec", container, "vllm-unified", "status", "--json")
     running = eventually(lambda: json.loads(run(*ask).stdout or "{}").get("running"), 60)
     assert running
@@ -94,7 +97,7 @@ def test_who_may_not_write_is_told_so(built: Built) -> None:
 
 
 def test_stop_before_supervisord_runs(built: Built, container: str) -> None:
-    docker("run", "--detach", "--name", container, built.image)
+    docker("run", "--detach", "--name", container, *DEMO, built.image)
     docker("stop", "--time", "60", container)
     assert json.loads(docker("inspect", container))[0]["State"]["ExitCode"] != 137  # of SIGKILL
 

@@ -82,7 +82,14 @@ def test_all_logs_reach_docker(deployment: Deployment) -> None:
 
 def test_supervisord_is_the_first_process(deployment: Deployment) -> None:
     assert "supervisord" in deployment.inside("cat", "/proc/1/cmdline")
-    assert "\nUid:\t1000\t1000\t" in deployment.inside("cat", "/proc/1/status")
+    status = deployment.inside("cat", "/proc/1/status")
+    assert "\nUid:\t1000\t1000\t" in status
+    assert "\nCapBnd:\t0000000000800000\n" in status, "SYS_NICE alone"
+
+
+def test_what_it_writes_is_its_own(deployment: Deployment) -> None:
+    readable = deployment.inside("find", "data", "run", "-type", "f", "-perm", "/077")
+    assert readable == ""
 
 
 def test_stop_drains_and_a_start_keeps_key_and_jobs(deployment: Deployment) -> None:
@@ -94,7 +101,7 @@ def test_stop_drains_and_a_start_keeps_key_and_jobs(deployment: Deployment) -> N
     began, ended = threading.Event(), []
 
     def stream() -> None:
-        body = {**ASKED, "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 8}
+        body = {**ASKED, "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 8, "temperature": 1}
         body["stream_options"] = {"include_usage": True}
         with deployment.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
             for line in answer.iter_lines():
