@@ -12,8 +12,10 @@ usage() {
   cat <<'EOF'
 usage: ./deploy.sh VERB [options]
 
-  start [--demo] [--timeout S]    bring every model up and wait until all are ready
+  start [--demo] [--offline] [--timeout S]
+                                  bring every model up and wait until all are ready; fetch the weights that are missing
                                   --demo: four small models that need neither a GPU nor a download of weights
+                                  --offline: fetch nothing, and say which weights to bring
                                   --timeout: give up waiting after S seconds (default 1800); the models go on
                                   --native: in a virtual environment on this machine (the only way so far)
   start MODEL                     one model, after it was stopped
@@ -30,12 +32,16 @@ usage: ./deploy.sh VERB [options]
   check                           is the configuration right, and can this machine run it?
   plan [--json] [--devices FILE]  which model takes how much of which device, and what does not fit
                                   --devices: plan for the devices in FILE in place of this machine's
+  models download|verify|list|import|remove
+                                  the weights: fetched, compared with the hub's checksums, brought on a stick, removed;
+                                  ./deploy.sh models --help says more
   clean [--force]                 stop, and remove .venv, run/ and models/demo; configuration, key and weights stay
   help                            this text
 
 examples:
   ./deploy.sh start --demo        first look, on any machine
   ./deploy.sh start               the models of config/models.json
+  ./deploy.sh models verify chat
   ./deploy.sh logs chat --follow
   ./deploy.sh restart embedding
   ./deploy.sh reload              after a change of config/models.json
@@ -46,7 +52,7 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | reload | status | logs | health | selftest | check | plan | clean) "verb_$verb" "$@" ;;
+    start | stop | restart | reload | status | logs | health | selftest | check | plan | models | clean) "verb_$verb" "$@" ;;
     help | -h | --help) usage ;;
     *)
       usage >&2
@@ -69,6 +75,7 @@ verb_start() {
         timeout=$2
         shift
         ;;
+      --offline) export VLLM_UNIFIED_OFFLINE=1 ;;
       --native) ;;
       --docker) die "running in Docker is not there yet; leave --docker out to run natively" ;;
       *) wrong_usage "$1" ;;
@@ -84,6 +91,7 @@ verb_start() {
   fi
   trap 'interrupted' INT TERM
   pre_flight "$config"
+  if ! is_demo "$config"; then cli --config "$config" models download; fi
   if needs_vllm "$config"; then install_vllm; fi
   if is_demo "$config"; then make_demo_models; fi
   cli --config "$config" check --machine >/dev/null
@@ -196,12 +204,16 @@ verb_check() {
   cli check --machine
 }
 
-verb_plan() {
+verb_plan() { cli_where_called plan "$@"; }
+verb_models() { cli_where_called models "$@"; }
+
+# For commands that take paths.
+cli_where_called() {
   install_package >&2
   local home config=()
   home=$(home)
   is_running && config=(--config "$(<"$home/run/config")")
-  (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" plan "$@")
+  (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" "$@")
 }
 
 verb_clean() {
@@ -250,9 +262,9 @@ pre_flight() { # CONFIG
   say "Pre-flight. Nothing is started yet."
   [[ $(uname -s) == Linux ]] || die "runs on Linux; this is $(uname -s)"
   install_package
-  local except=()
-  is_demo "$1" && except=(--except-weights)
-  if ! cli --config "$1" check --machine "${except[@]}"; then
+  local weights=fetching
+  is_demo "$1" && weights=making
+  if ! cli --config "$1" check --machine --before "$weights"; then
     is_demo "$1" || say "To see it work without a GPU and without weights: ./deploy.sh start --demo" >&2
     exit 1
   fi
