@@ -42,6 +42,10 @@ class _Interrupted(Exception):
         self.pause = pause
 
 
+class _Astray(Exception):
+    """A redirect that is not followed."""
+
+
 class _WrongBytes(Exception):
     """All has come, and it is not the file."""
 
@@ -74,7 +78,7 @@ class Fetcher:
             limits=httpx.Limits(max_connections=FILES_AT_A_TIME),
             follow_redirects=True,
             max_redirects=5,
-            event_hooks={"response": [_refuse_downgrade]},
+            event_hooks={"response": [_refuse_astray]},
         )
 
 
@@ -160,10 +164,10 @@ class _Transfer:
                 if answer.status_code == 200 and start:  # it has no ranges
                     self._begin_anew(part)
                 self._take(answer, part)
+        except (_Astray, httpx.TooManyRedirects, httpx.InvalidURL) as error:
+            raise HubError(f"{self.what}: {self.fetcher.listing.hub.name} leads astray: {error}") from None
         except httpx.TransportError as error:
             raise _Interrupted(str(error) or type(error).__name__) from None
-        except (httpx.TooManyRedirects, httpx.InvalidURL) as error:
-            raise HubError(f"{self.what}: {self.fetcher.listing.hub.name} leads astray: {error}") from None
         if self.progress.done < self.file.size:
             raise _Interrupted(f"ended after {self.progress.done} of {self.file.size} bytes")
 
@@ -208,12 +212,13 @@ class _Transfer:
             raise Stopped
 
 
-def _refuse_downgrade(answer: httpx.Response) -> None:
+def _refuse_astray(answer: httpx.Response) -> None:
+    """Only http and https, and from https to https alone."""
     url = answer.request.url
-    if answer.has_redirect_location and url.scheme == "https":
-        following = url.join(answer.headers["location"])
-        if following.scheme != "https":
-            raise HubError(f"{url.host} leads from https to {following.scheme}; nothing was fetched")
+    if answer.has_redirect_location:
+        following = url.join(answer.headers["location"]).scheme
+        if following not in ("https", url.scheme):
+            raise _Astray(f"from {url.scheme} to {following}")
 
 
 def _retry_after(answer: httpx.Response) -> float | None:
