@@ -1,5 +1,7 @@
 """`models download` against a hub that has good and bad days."""
 
+import contextlib
+import os
 import signal
 import subprocess
 from typing import Any
@@ -286,6 +288,34 @@ def test_a_line_now_and_then_where_there_is_no_terminal(setup: Setup) -> None:
     said = setup.run("download", HF_HUB_DOWNLOAD_TIMEOUT="7")
     assert said.returncode == 0
     assert "chat: 1.6 MB of 3.0 MB, " in said.stderr
+
+
+def test_bars_on_a_terminal(setup: Setup) -> None:
+    setup.hub.fail(FIRST, Fault(stall=600_000))
+    argv, environ = setup.command("download")
+    reader, writer = os.openpty()
+    with subprocess.Popen(argv, env={**environ, "TERM": "xterm"}, stdout=subprocess.DEVNULL, stderr=writer) as process:
+        os.close(writer)
+        shown = b""
+        with contextlib.suppress(OSError):  # a terminal whose other end is closed
+            while piece := os.read(reader, 4096):
+                shown += piece
+        assert process.wait() == 0
+    os.close(reader)
+    assert f"  {FIRST}".encode() in shown
+    assert b"1.6/3.0 MB" in shown
+
+
+def test_a_disk_that_takes_no_more(setup: Setup) -> None:
+    """As a quota has it: a piece of the last block is written, then nothing."""
+    argv, environ = setup.command("download")
+    limited = ["prlimit", "--fsize=1500000", *argv]
+    done = subprocess.run(limited, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"{setup.folder / FIRST}.part: File too large\n"
+    setup.right("download")
+    assert is_whole(setup)
+    assert setup.hub.fetched(FIRST) == [None, "bytes=1500000-"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -95,27 +95,8 @@ def list_(project: HasSettings, as_json: bool) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
-    from vllm_unified.hub.folders import size_of_folder
-    from vllm_unified.hub.manifest import look
-
     settings = project.settings()
-    rows = []
-    for model in settings.all_engines:
-        folder = settings.folder(model)
-        found = look(folder, model)
-        holds = found.manifest
-        rows.append(
-            {
-                "model": model.key,
-                "repo": holds.repo if holds else model.repo,
-                "revision": holds.revision if holds else None,
-                "source": holds.source if holds else None,
-                "folder": str(folder),
-                "bytes": size_of_folder(folder),
-                "state": found.state,
-                "note": found.note,
-            }
-        )
+    rows = [_row(settings, model) for model in settings.all_engines]
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -124,6 +105,24 @@ def list_(project: HasSettings, as_json: bool) -> None:
         origin = " ".join(filter(None, (row["repo"], (row["revision"] or "")[:12])))
         table.add_row(row["model"], row["state"], decimal(row["bytes"]), origin, row["folder"], row["note"])
     Console(soft_wrap=True).print(table, markup=False)
+
+
+def _row(settings: Settings, model: Model) -> dict[str, Any]:
+    from vllm_unified.hub.folders import size_of_folder
+    from vllm_unified.hub.manifest import look
+
+    folder = settings.folder(model)
+    found = look(folder, model)
+    return {
+        "model": model.key,
+        "repo": found.manifest.repo if found.manifest else model.repo,
+        "revision": found.manifest.revision if found.manifest else None,
+        "source": found.manifest.source if found.manifest else None,
+        "folder": str(folder),
+        "bytes": size_of_folder(folder),
+        "state": found.state,
+        "note": found.note,
+    }
 
 
 @click.command("import")

@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -164,6 +165,8 @@ def _listing(hub: Hub, repo: str, revision: str | None) -> Listing:
             if pause is None or (status is not None and not may_pass(status)):
                 raise hub.refusal(status, repo, _first_line(error)) from None
             time.sleep(pause)
+    if not re.fullmatch(r"[\w./-]{1,200}", commit):
+        raise HubError(f"{repo}: {hub.name} ({hub.endpoint}) names no commit; name a mirror that does, in .env")
     refuse_unsafe(files, f"{hub.name} ({hub.endpoint}): {repo}")
     chosen = needed(files)
     if not chosen:
