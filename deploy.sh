@@ -15,8 +15,10 @@ usage() {
   cat <<'EOF'
 usage: ./deploy.sh VERB [options]
 
-  start [--demo] [--timeout S]    bring every model up and wait until all are ready
+  start [--demo] [--offline] [--timeout S]
+                                  bring every model up and wait until all are ready; fetch the weights that are missing
                                   --demo: four small models that need neither a GPU nor a download of weights
+                                  --offline: fetch nothing, and say which weights to bring
                                   --timeout: give up waiting after S seconds (default 1800); the models go on
                                   --docker: in a container, of an image that ./build.sh made or that was loaded
                                   --native: in a virtual environment on this machine
@@ -35,6 +37,9 @@ usage: ./deploy.sh VERB [options]
   check                           is the configuration right, and can this machine run it?
   plan [--json] [--devices FILE]  which model takes how much of which device, and what does not fit
                                   --devices: plan for the devices in FILE in place of this machine's
+  models download|verify|list|import|remove
+                                  the weights: fetched, compared with the hub's checksums, brought on a stick, removed;
+                                  ./deploy.sh models --help says more
   update [--timeout S]            Docker: take the image that was built or loaded since; back to the old one when
                                   the new one does not become ready
   clean [--force]                 stop, and remove .venv, run/ and models/demo, or in Docker the container, its images
@@ -44,6 +49,7 @@ usage: ./deploy.sh VERB [options]
 examples:
   ./deploy.sh start --demo        first look, on any machine
   ./deploy.sh start               the models of config/models.json
+  ./deploy.sh models verify chat
   ./deploy.sh logs chat --follow
   ./deploy.sh restart embedding
   ./deploy.sh reload              after a change of config/models.json
@@ -54,7 +60,7 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | reload | status | logs | health | selftest | check | plan | update | clean)
+    start | stop | restart | reload | status | logs | health | selftest | check | plan | models | update | clean)
       find_runtime
       "verb_$verb" "$@"
       ;;
@@ -80,6 +86,7 @@ verb_start() {
         timeout=$2
         shift
         ;;
+      --offline) export VLLM_UNIFIED_OFFLINE=1 ;;
       --native | --docker) wanted=${1#--} ;;
       *) wrong_usage "$1" ;;
     esac
@@ -214,15 +221,24 @@ verb_check() {
   cli check --machine
 }
 
-verb_plan() {
+verb_plan() { cli_where_called plan "$@"; }
+
+# Natively the folder with weights is below the project; in Docker it is the container's.
+verb_models() {
+  if [[ -z $CONTAINER ]] && ! is_running; then choose_runtime '' >&2; fi
+  if [[ $RUNTIME == docker ]]; then in_new_container models "$@"; else cli_where_called models "$@"; fi
+}
+
+# For commands that take paths.
+cli_where_called() {
   local home config=()
   home=$(home)
   is_running && config=(--config "$(running_config)")
   if [[ $RUNTIME == docker ]]; then
-    cli "${config[@]}" plan "$@"
+    cli "${config[@]}" "$@"
   else
     install_package >&2
-    (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" plan "$@")
+    (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" "$@")
   fi
 }
 
@@ -310,6 +326,7 @@ config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else r
 
 start_natively() { # CONFIG
   pre_flight "$1"
+  if ! is_demo "$1"; then cli --config "$1" models download; fi
   if needs_vllm "$1"; then install_vllm; fi
   if is_demo "$1"; then make_demo_models; fi
   cli --config "$1" check --machine >/dev/null
@@ -343,9 +360,9 @@ pre_flight() { # CONFIG
   say "Pre-flight. Nothing is started yet."
   [[ $(uname -s) == Linux ]] || die "runs on Linux; this is $(uname -s)"
   install_package
-  local except=()
-  is_demo "$1" && except=(--except-weights)
-  if ! cli --config "$1" check --machine "${except[@]}"; then
+  local weights=fetching
+  is_demo "$1" && weights=making
+  if ! cli --config "$1" check --machine --before "$weights"; then
     is_demo "$1" || say "To see it work without a GPU and without weights: ./deploy.sh start --demo" >&2
     exit 1
   fi

@@ -52,7 +52,7 @@ start_in_docker() {
   docker_pre_flight
   say "In Docker, of the image $(image)"
   say "Pre-flight. Nothing is started yet."
-  if ! compose --progress quiet run --rm --no-deps -T vllm-unified vllm-unified check --machine; then
+  if ! { in_new_container check --machine --before fetching && in_new_container models download; }; then
     compose down >/dev/null 2>&1 || true
     exit 1
   fi
@@ -103,6 +103,9 @@ update_in_docker() { # TIMEOUT
   cli wait --timeout "$1" || die "the old one does not become ready either; see ./deploy.sh logs"
   die "the new image did not become ready; the old one runs again, the new one is ${image%:*}:failed"
 }
+
+# One that is gone when the command has ended, with the same volumes.
+in_new_container() { compose --progress quiet run --rm --no-deps --env VLLM_UNIFIED_OFFLINE vllm-unified vllm-unified "$@"; }
 
 # What carries our label: never another container, image or volume of the machine.
 labelled() { # KIND: the names of this project's own

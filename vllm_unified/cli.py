@@ -16,6 +16,7 @@ import click
 
 from vllm_unified import __version__, loopback, state
 from vllm_unified.errors import ConfigError, UserError
+from vllm_unified.hub.commands import COMMANDS as COMMANDS_OF_MODELS
 from vllm_unified.settings import Model, Settings, load
 from vllm_unified.settings.environment import variable_of
 from vllm_unified.state import EngineState, Phase
@@ -120,9 +121,9 @@ def cli() -> None:
 @cli.command()
 @devices_option
 @click.option("--machine", is_flag=True, help="Look at devices, memory, weights and ports too.")
-@click.option("--except-weights", is_flag=True, hidden=True, help="For weights that are about to be made.")
+@click.option("--before", type=click.Choice(["fetching", "making"]), hidden=True, help="What comes for the weights.")
 @click.pass_obj
-def check(project: Project, machine: bool, except_weights: bool) -> None:
+def check(project: Project, machine: bool, before: str | None) -> None:
     """Check the configuration, and say everything that is wrong with it."""
     from vllm_unified.settings.keys import FILE, read_keys, unknown_models
 
@@ -131,11 +132,12 @@ def check(project: Project, machine: bool, except_weights: bool) -> None:
     for name in unknown_models(read_keys(project.home), handles):
         click.echo(f'{FILE}: no model is called "{name}"; the keys that name it can\'t use it', err=True)
     if machine:
-        from vllm_unified.machine import problems_of_machine
+        from vllm_unified.machine import problems_of_machine, to_be_fetched
         from vllm_unified.supervision.ask import programs
 
         running = programs(settings.run) is not None
-        problems = problems_of_machine(settings, weights=not except_weights, running=running)
+        coming = {None: (), "fetching": to_be_fetched(settings), "making": settings.engines}[before]
+        problems = problems_of_machine(settings, coming=coming, running=running)
         if problems:
             raise ConfigError(problems)
     click.echo(f"{settings.shown_file}: {_models(len(settings.models))}, nothing wrong")
@@ -484,6 +486,23 @@ def revoke(project: Project, name: str) -> None:
 
     remove_key(project.home, name)
     click.echo(f"{name} is revoked; a running router takes it up within a second")
+
+
+@cli.group(cls=_Group)
+def models() -> None:
+    """The weights: from Hugging Face or ModelScope, or brought on a stick; verified, listed, removed.
+
+    \b
+    vllm-unified models download            all that are missing
+    vllm-unified models verify chat
+    vllm-unified models list
+    vllm-unified models import /media/stick/models/chat
+    vllm-unified models remove chat
+    """
+
+
+for command in COMMANDS_OF_MODELS:
+    models.add_command(command)
 
 
 def _require_models(settings: Settings, names: Sequence[str]) -> None:
