@@ -1,6 +1,7 @@
 import asyncio
 import io
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -612,3 +613,19 @@ def test_a_process_that_does_not_start(
     error = in_a_renderer(story)
     assert (error.status, error.code) == (503, "renderer_unavailable")
     assert why in str(error)
+
+
+def test_no_more_files_can_be_opened(files: tuple[Path, Path]) -> None:
+    async def story(renderer: Renderer) -> DocumentError:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, most[1]))
+        try:
+            with pytest.raises(DocumentError) as caught:
+                await renderer.render(files[1], Kind.PDF, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, most)
+        return caught.value
+
+    error = in_a_renderer(story)
+    assert (error.status, error.code) == (503, "renderer_unavailable")
+    assert "Too many open files" in str(error)

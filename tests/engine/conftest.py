@@ -128,8 +128,11 @@ class Demo:
         assert {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in self.engine_processes()}, "the mark"
         current = {self.pid(key) for key in KEYS}
         eventually(lambda: {os.getpgid(each.pid) for each in self.engine_processes()} == current, 10)
+        eventually(self._device_is_free, 5)  # a keeper says "ready" before it lets go of the device
+
+    def _device_is_free(self) -> bool:
         with locks.owned(self.run_folder / "locks", "cpu") as free:
-            assert free, "the device's lock is stale"
+            return free
 
     def _is_back(self, key: str, before: Process | None) -> bool:
         now = self.state(key)

@@ -257,6 +257,23 @@ class Worker:
     @classmethod
     async def start(cls, limits: Limits) -> Self:
         """Ready for its first task. Raises DocumentError 503."""
+        try:
+            worker = await cls._spawn(limits)
+        except OSError as error:
+            raise _unavailable(str(error)) from None
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await worker._receive()
+        except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
+            raise _unavailable(words_of(await worker.end())) from None
+        except BaseException:
+            await worker.end()
+            raise
+        return worker
+
+    @classmethod
+    async def _spawn(cls, limits: Limits) -> Self:
+        """Raises OSError."""
         environment = (
             {name: os.environ[name] for name in INHERITED if name in os.environ} | IMPORTS | ONE_THREAD | QUIET
         )
@@ -269,22 +286,10 @@ class Worker:
                 process = await asyncio.create_subprocess_exec(
                     *argv, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment
                 )
-            except OSError as error:
-                outgoing.close()
-                raise _unavailable(str(error)) from None
             except BaseException:
                 outgoing.close()
                 raise
-        worker = cls(process, incoming, outgoing)
-        try:
-            async with asyncio.timeout(START_SECONDS):
-                await worker._receive()
-        except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
-            raise _unavailable(words_of(await worker.end())) from None
-        except BaseException:
-            await worker.end()
-            raise
-        return worker
+        return cls(process, incoming, outgoing)
 
     @property
     def is_alive(self) -> bool:
