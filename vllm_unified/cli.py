@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from vllm_unified import __version__, loopback, state
+from vllm_unified.bundle.commands import bundle, requirements
 from vllm_unified.errors import ConfigError, UserError
 from vllm_unified.hub.commands import COMMANDS as COMMANDS_OF_MODELS
 from vllm_unified.settings import Model, Settings, load
@@ -503,6 +504,8 @@ def models() -> None:
 
 for command in COMMANDS_OF_MODELS:
     models.add_command(command)
+for command in (bundle, requirements):
+    cli.add_command(command)
 
 
 def _require_models(settings: Settings, names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from vllm_unified.bundle.wheels import needed_by
 
 OURS = Path(sys.prefix).resolve()
 VENV = Path("opt/venv")
@@ -88,7 +88,7 @@ def _of_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def _files(names: list[str]) -> Iterator[Path]:
     """Of these distributions and of all that they need, with the bytecode."""
-    for distribution in _with_requirements(names):
+    for distribution in needed_by(names):
         for each in distribution.files or ():
             path = Path(str(distribution.locate_file(each))).resolve()
             if not path.exists():
@@ -98,24 +98,3 @@ def _files(names: list[str]) -> Iterator[Path]:
                 compiled = Path(importlib.util.cache_from_source(str(path)))
                 if compiled.exists():
                     yield compiled
-
-
-def _with_requirements(names: list[str]) -> list[importlib.metadata.Distribution]:
-    found: dict[str, importlib.metadata.Distribution] = {}
-    asked: set[tuple[str, str]] = set()
-    waiting = [(name, "") for name in names]
-    while waiting:
-        name, extra = waiting.pop()
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # as the CUDA builds of torchvision, which its CPU build does without
-        if (distribution.name, extra) in asked:
-            continue
-        asked.add((distribution.name, extra))
-        found[distribution.name] = distribution
-        for line in distribution.requires or ():
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                waiting += [(requirement.name, each) for each in ("", *requirement.extras)]
-    return list(found.values())
