@@ -73,7 +73,7 @@ main() {
   remove_older_releases
   say
   say "installed: $TO"
-  say "start it:  cd $(printf %q "$TO") && ./deploy.sh start"
+  running_as >/dev/null || say "start it:  cd $(printf %q "$TO") && ./deploy.sh start"
 }
 
 # --- before anything is changed ---
@@ -126,7 +126,7 @@ bundle_problems() {
       fi
     done < <(paths_in "$ROOT/SINCE")
   fi
-  if [[ -d $TO/releases/$VERSION ]] && ! is_this_release "$TO/releases/$VERSION"; then
+  if is_in_use "$VERSION" && ! is_this_release "$TO/releases/$VERSION"; then
     say "$TO/releases/$VERSION: another release of the same name; make the bundle with a --version of its own"
   fi
   if [[ ! -e $TO/current ]]; then taken_ports; fi
@@ -200,12 +200,13 @@ install() {
   done
 }
 
+is_in_use() { [[ $1 == "$(release_of current)" || $1 == "$(release_of previous)" ]]; } # VERSION
 is_this_release() { cmp -s "$1/SHA256SUMS" "$ROOT/SHA256SUMS"; } # FOLDER
 
 install_release() {
   local place=$TO/releases/$VERSION
-  if [[ ! -d $place ]]; then
-    rm -rf "$place.new"
+  if [[ ! -d $place ]] || ! is_this_release "$place"; then
+    rm -rf "$place" "$place.new" "$TO/models/.$VERSION"
     cp -R "$ROOT/release" "$place.new"
     cp "$ROOT/bundle.env" "$ROOT/SHA256SUMS" "$place.new"
     sync -f "$place.new"
@@ -286,7 +287,7 @@ remove_older_releases() {
   local place version image
   for place in "$TO"/releases/*; do
     version=$(basename "$place")
-    if [[ $version == "$(release_of current)" || $version == "$(release_of previous)" ]]; then continue; fi
+    if is_in_use "$version"; then continue; fi
     image=$(sed -n 's/^BUNDLE_IMAGE=//p' "$place/bundle.env" 2>/dev/null || true)
     if [[ -n $image ]]; then docker image rm "$image" >/dev/null 2>&1 || true; fi
     rm -rf -- "$place" "$TO/models/.before-$version" "$TO/models/.$version"

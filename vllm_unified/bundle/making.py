@@ -26,6 +26,8 @@ FOLDER = "knowflow-offline"
 SUMS = "SHA256SUMS"
 SINCE = "SINCE"
 ABOUT = "bundle.env"
+# What an earlier bundle may stand in for; the program is always carried whole.
+LARGE = ("images/", "models/", "wheels/")
 # Of the size of what is compressed; vLLM's images come to less than half.
 LARGEST_SHARE = 0.6
 
@@ -106,7 +108,7 @@ def _need_room(plan: Plan, archive: Archive) -> None:
 
 def _fill(plan: Plan, archive: Archive) -> dict[str, str]:
     """Path and sum of every file that the bundle has, and those of the earlier one that it builds on."""
-    known = plan.since
+    known = {path: sha256 for path, sha256 in plan.since.items() if path.startswith(LARGE)}
     files = [Progress(File(source.place, source.size)) for source in plan.sources]
     image = Progress(File("image", plan.image.size if plan.image else 0))
     unchanged: dict[str, str] = {}
