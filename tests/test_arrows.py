@@ -23,13 +23,14 @@ ALLOWED: dict[str, set[str]] = {
     "router": BASE | {"settings"},
     "documents": BASE | {"settings"},
     "hub": {"errors", "state", "settings"},
+    "backup": {"errors", "hub"},
     "machine": BASE | {"settings", "engines", "hub"},
     "console": BASE | {"settings", "engines", "supervision"},
     "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},
     "cli": BASE
     | {"settings", "engines", "supervision", "router", "documents", "hub", "machine", "console", "operations"}
-    | {"selftest"},
+    | {"selftest", "backup"},
     "__main__": {"cli"},
     "__init__": set(),
 }
