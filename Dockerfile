@@ -48,6 +48,8 @@ ENV HOME=/app USER=vllm-unified VLLM_UNIFIED_HOME=/app VLLM_ROUTER_HOST=0.0.0.0 
 WORKDIR /app
 
 ARG DOWNLOAD_MODELS=false
+ARG HF_ENDPOINT=
+ARG MODELSCOPE_ENDPOINT=
 RUN --mount=type=tmpfs,target=/tmp \
     --mount=type=bind,source=scripts/install_into_image,target=/build/install_into_image \
     --mount=type=secret,id=ca,target=/build/ca,mode=0444 --mount=type=secret,id=hf_token,target=/build/hf_token \
