@@ -166,10 +166,11 @@ class Host:
         return httpx.Client(base_url=self.url(), headers=headers, timeout=120)
 
     def clear(self) -> None:
-        """After a test; of what it printed before, the end goes into the report."""
+        """After a test; the end of what it printed goes into the report."""
         print(run("docker", "logs", self.name).stdout[-20_000:])
-        self.run("clean", "--force")
-        run("docker", "volume", "rm", f"{self.name}_vllm_data")
+        run("docker", "rm", "--force", self.name)
+        self.run("stop")
+        run("docker", "volume", "rm", f"{self.name}_vllm_data", f"{self.name}_vllm_cache")
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Demo(Host):
         return docker("compose", "--project-directory", self.home, *named, *arguments)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     home = tmp_path_factory.mktemp("demo")
     nothing = home / "nothing"
