@@ -230,7 +230,7 @@ verb_check() {
 
 verb_plan() {
   find_place
-  anywhere plan "$@"
+  if [[ $RUNTIME == docker && " $* " == *" --devices "* ]]; then plan_in_docker "$@"; else anywhere plan "$@"; fi
 }
 
 verb_models() {

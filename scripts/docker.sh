@@ -114,24 +114,33 @@ in_new_container() {
 # Root there, to write what is whose ever on the host; of root's rights with these alone.
 readonly AS_ROOT=(--user 0:0 --cap-add CHOWN --cap-add DAC_OVERRIDE --cap-add FOWNER)
 
-# The container reads the host's folder at /host; of Hugging Face's cache a snapshot leads to files beside it.
+# What is named is on the host, from where deploy.sh was called: the container reads it below /host.
 import_in_docker() {
-  local word folder='' mounted words=()
+  local word folder='' words=() RUN_OPTIONS=()
   for word in "$@"; do
     if [[ $word == --move ]]; then
       die "--move is for a native deployment: in Docker the folder is only read; leave it out"
     elif [[ $word != -* && -z $folder ]]; then
-      folder=$(cd "$CALLED_FROM" && realpath -e -- "$word") || die "$word: no such folder"
+      folder=$(path_on_host "$word") || exit
       word=/host$folder
+      lend "${folder%/snapshots/*}" # of Hugging Face's cache, which leads to files beside it
     fi
     words+=("$word")
   done
-  mounted=$folder
-  [[ $folder != */snapshots/* ]] || mounted=${folder%/snapshots/*}
-  local RUN_OPTIONS=()
-  [[ -z $folder ]] || RUN_OPTIONS=(--volume "$mounted:/host$mounted:ro")
   in_new_container models import "${words[@]}"
 }
+plan_in_docker() {
+  local words=("$@") file at RUN_OPTIONS=()
+  for ((at = 1; at < $#; at++)); do
+    [[ ${words[at - 1]} == --devices ]] || continue
+    file=$(path_on_host "${words[at]}") || exit
+    words[at]=/host$file
+    lend "$file"
+  done
+  in_new_container plan "${words[@]}"
+}
+path_on_host() { (cd "$CALLED_FROM" && realpath -e -- "$1" 2>/dev/null) || die "$1: not there"; }
+lend() { RUN_OPTIONS+=(--volume "$1:/host$1:ro"); } # PATH
 
 # The running container only reads config/. The file stays with whoever has the folder, and every user of the image is in
 # group 0, which may read it.

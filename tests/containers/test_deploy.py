@@ -98,6 +98,8 @@ def test_before_anything_runs(host: Host) -> None:
     assert host.done("stop") == "not running\n"
     assert "no such folder; fetch someone/minilm with: ./deploy.sh models download" in host.refused("check")
     assert "starting order" in host.done("plan")
+    (host.home.parent / "cards.json").write_text('{"devices": [{"name": "NVIDIA L4", "memory_gib": 24}]}')
+    assert "GPU 0  NVIDIA L4  24.0 GiB" in host.done("plan", "--devices", "cards.json")
     refused = host.run("start", "--offline")
     assert refused.returncode == 1
     assert f"In Docker, of the image {IMAGE}" in refused.stdout
@@ -108,7 +110,7 @@ def test_before_anything_runs(host: Host) -> None:
 def test_weights_that_were_brought(host: Host) -> None:
     stick = host.home.parent / "stick"
     shutil.copytree(WEIGHTS, stick / "minilm")
-    assert "./minilm: no such folder" in host.refused("models", "import", "./minilm", "embedding")
+    assert "./minilm: not there" in host.refused("models", "import", "./minilm", "embedding")
     assert "leave it out" in host.refused("models", "import", "--move", "stick/minilm", "embedding")
     # As deploy.sh is called, in the folder above it.
     assert "embedding: " in host.done("models", "import", "stick/minilm", "embedding")
