@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make the bundle that installs this deployment where no cable goes out.
 set -euo pipefail
+readonly CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
@@ -41,17 +42,17 @@ main() {
     case $1 in
       --version | --split | --since | --jobs)
         [[ ${2:-} == [!-]* ]] || die "$1 wants a value"
-        options+=("$1" "$2")
+        if [[ $1 == --since ]]; then options+=("$1" "$(path "$2")"); else options+=("$1" "$2"); fi
         shift
         ;;
       --output)
         [[ ${2:-} == [!-]* ]] || die "--output wants a folder"
-        output=$2
+        output=$(path "$2")
         shift
         ;;
       --models)
         [[ ${2:-} == [!-]* ]] || die "--models wants keys of config/models.json, with commas"
-        IFS=, read -r -a models <<<"$2"
+        IFS=', ' read -r -a models <<<"$2"
         options+=(--models "$2")
         shift
         ;;
@@ -87,10 +88,12 @@ main() {
   rm -rf "$output/.wheels"
 }
 
+path() { (cd "$CALLED_FROM" && realpath --canonicalize-missing -- "$1"); }
+
 docker_must_have_image() {
   command -v docker >/dev/null || die "docker is not installed; --runtime native makes a bundle without it"
   docker_answers || die "the Docker engine does not answer: $(docker info 2>&1 | tail -n 1)"
-  IMAGE=$(image)
+  IMAGE=$(image) && [[ -n $IMAGE ]] || die "docker compose can't read docker-compose.yml and .env; \`docker compose config\` says why"
   has_image "$IMAGE" || die "the image $IMAGE is not on this machine; make it with ./build.sh"
 }
 
@@ -113,6 +116,7 @@ install_bundler() {
 # Of all that is installed here for vLLM and ourselves, at these versions.
 collect_wheels() { # FOLDER
   local torch=()
+  rm -rf "$1" # other versions, of a run that was interrupted
   mkdir -p "$1"
   "$VENV/bin/vllm-unified" requirements >"$1/requirements.txt"
   mapfile -t torch < <(grep '^torch==.*+cpu' "$1/requirements.txt")

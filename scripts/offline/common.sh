@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by the scripts of an unpacked bundle. They need bash, coreutils and tar, and Docker or Python, nothing else.
+# Shared by the scripts of an unpacked bundle. They need what every distribution has, and Docker or Python.
 
 say() { printf '%s\n' "$*"; }
 die() {
@@ -15,7 +15,7 @@ wrong_usage() {
 # ROOT: the unpacked folder. bundle.env says what is in it.
 read_about() {
   # shellcheck disable=SC2153
-  [[ -f $ROOT/SHA256SUMS && -f $ROOT/bundle.env ]] ||
+  [[ -f $ROOT/SHA256SUMS && -f $ROOT/SINCE && -f $ROOT/bundle.env ]] ||
     die "$ROOT: no whole bundle; unpack it again, all parts of it and in their order"
   # shellcheck disable=SC1091
   source "$ROOT/bundle.env"
@@ -30,74 +30,74 @@ decimal() { # BYTES, as 3.2 GB
 # A line each: the SHA-256, two spaces, the path.
 paths_in() { cut -c 67- "$1"; } # FILE
 # Of all that was bundled, also of what an increment leaves to the bundle that it builds on.
-bundled() {
-  cat "$ROOT/SHA256SUMS"
-  if is_increment; then cat "$ROOT/SINCE"; fi
-}
-is_increment() { [[ -f $ROOT/SINCE ]]; }
+bundled() { cat "$ROOT/SHA256SUMS" "$ROOT/SINCE"; }
+is_increment() { [[ -s $ROOT/SINCE ]]; }
+
 # The fastest that is here: OpenSSL uses what the processor has for it.
 hash_files() { # FOLDER_FOR_OUTPUT FILE…
   local into=$1
   shift
   if command -v openssl >/dev/null; then
-    openssl dgst -sha256 -r "$@" >"$into/$BASHPID" 2>"$into/$BASHPID.err" || true
+    openssl dgst -sha256 -r "$@" >>"$into/$BASHPID" || true
   else
-    sha256sum --binary -- "$@" >"$into/$BASHPID" 2>"$into/$BASHPID.err" || true
+    sha256sum --binary -- "$@" >>"$into/$BASHPID" || true
   fi
 }
 
-# wrong_files SUMS [FOLDER]: each path of which the file is missing or another one, with what is wrong. All cores read.
-wrong_files() {
-  local sums=$1 folder=${2:-$ROOT} scratch path
-  scratch=$(mktemp -d)
-  : >"$scratch/there"
-  paths_in "$sums" | while IFS= read -r path; do
-    if [[ -f $folder/$path ]]; then printf '%s\n' "$path"; else say "$path: missing" >&3; fi
-  done 3>"$scratch/missing" >"$scratch/there"
-  mkdir "$scratch/sums"
+temporary() { mktemp "$@" || die "no room for temporary files; set TMPDIR to a folder that has some"; }
+
+# wrong_files SUMS [FOLDER]: a line for each path of which the file is missing, another one, or can't be read. All cores
+# read. What could not be looked at is never taken for right.
+wrong_files() (
+  sums=$1 folder=${2:-$ROOT}
+  scratch=$(temporary -d)
+  trap 'kill "$showing" 2>/dev/null; rm -rf "$scratch"' EXIT
+  show_progress "$scratch" "$(wc -l <"$sums")" >/dev/null &
+  showing=$!
   export -f hash_files
   # Large files first and one at a time, so that all cores have work until the end.
-  (
-    cd "$folder" || exit
-    tr '\n' '\0' <"$scratch/there" | xargs -0 -r stat -c '%s %n' | sort -rn >"$scratch/sizes"
-    awk '$1 > 8000000' "$scratch/sizes" | cut -d' ' -f2- | tr '\n' '\0' |
-      xargs -0 -r -P "$(nproc)" -n 1 bash -c 'hash_files "$@"' hash "$scratch/sums"
-    awk '$1 <= 8000000' "$scratch/sizes" | cut -d' ' -f2- | tr '\n' '\0' |
-      xargs -0 -r -P "$(nproc)" -n 50 bash -c 'hash_files "$@"' hash "$scratch/sums"
-  ) &
-  local hashing=$! last=$SECONDS
-  while kill -0 "$hashing" 2>/dev/null; do
-    if ((SECONDS - last >= 5)); then
-      last=$SECONDS
-      say "  checked $(cat "$scratch"/sums/* 2>/dev/null | wc -l) of $(wc -l <"$sums") files" >&2
-    fi
-    sleep 0.1
+  cd "$folder" || die "$folder: can't be read"
+  paths_in "$sums" | tr '\n' '\0' | { xargs -0 -r stat -c '%s %n' 2>/dev/null || true; } | sort -rn >"$scratch/sizes"
+  # shellcheck disable=SC2016 # awk's own
+  for files in '$1 > 8000000:1' '$1 <= 8000000:50'; do
+    awk "${files%:*}" "$scratch/sizes" | cut -d' ' -f2- | tr '\n' '\0' |
+      xargs -0 -r -P "$(nproc)" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
   done
-  wait "$hashing" || true
-  cat "$scratch/missing"
-  LC_ALL=C sort "$sums" >"$scratch/expected"
-  cat "$scratch"/sums/* 2>/dev/null | sed 's/^\([0-9a-f]\{64\}\) \*/\1  /' | LC_ALL=C sort >"$scratch/found"
-  LC_ALL=C comm -23 "$scratch/expected" "$scratch/found" | cut -c 67- | { grep -Fxf "$scratch/there" || true; } |
-    sed 's/$/: damaged/'
-  rm -rf "$scratch"
+  # shellcheck disable=SC2016 # awk's own
+  cat "$scratch"/[0-9]* 2>/dev/null | awk '
+    NR == FNR { sum[substr($0, 67)] = substr($0, 1, 64); next }
+    { path = substr($0, 67) }
+    !(path in sum) { print "? " path; next }
+    sum[path] != substr($0, 1, 64) { print "! " path }' - "$sums" |
+    while read -r state path; do
+      if [[ $state == '!' ]]; then
+        say "$path: damaged"
+      elif [[ -e $path ]]; then
+        say "$path: can't be read"
+      else
+        say "$path: missing"
+      fi
+    done
+)
+
+show_progress() { # SCRATCH NUMBER_OF_FILES
+  while sleep 5; do say "  checked $(cat "$1"/[0-9]* 2>/dev/null | wc -l) of $2 files" >&2; done
 }
 
-# SHA256SUMS and, in an increment, those files of the earlier bundle that are in this folder too.
+# SHA256SUMS and, of the bundle that an increment builds on, those files that are in this folder too.
 all_sums() {
+  local line
   cat "$ROOT/SHA256SUMS"
-  if is_increment; then
-    local line
-    while IFS= read -r line; do
-      if [[ -f $ROOT/${line:66} ]]; then say "$line"; fi
-    done <"$ROOT/SINCE"
-  fi
+  while IFS= read -r line; do
+    if [[ -f $ROOT/${line:66} ]]; then say "$line"; fi
+  done <"$ROOT/SINCE"
 }
 
 verify() {
   local began=$SECONDS sums wrong bytes
-  sums=$(mktemp)
-  all_sums >"$sums"
-  wrong=$(wrong_files "$sums")
+  sums=$(temporary)
+  all_sums >"$sums" || die "$sums: can't be written; set TMPDIR to a folder with room"
+  wrong=$(wrong_files "$sums") || wrong+=$'\nthe check was broken off'
   if [[ -n $wrong ]]; then
     rm -f "$sums"
     head -n 20 <<<"$wrong" >&2
@@ -110,6 +110,10 @@ verify() {
 }
 
 # --- Docker ---
+
+docker_must_answer() {
+  timeout 20 docker version >/dev/null 2>&1 || die "the Docker engine does not answer, so nothing was changed: $(docker version 2>&1 | tail -n 1)"
+}
 
 readonly OLDEST_DOCKER=23.0 # the first that unpacks layers compressed with zstd
 readonly OLDEST_COMPOSE=2.24
@@ -143,6 +147,8 @@ docker_problems() {
     elif ! docker info --format '{{.Runtimes}} {{.CDISpecDirs}}' | grep -q -e nvidia -e cdi; then
       say "Docker has no NVIDIA runtime; install nvidia-container-toolkit, then: nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"
     fi
+  elif has_nvidia_gpu; then
+    say "the image is for machines without a GPU, and this one has one; bring a bundle of an image made with ./build.sh alone"
   fi
   local root
   root=$(docker info --format '{{.DockerRootDir}}')
@@ -156,11 +162,11 @@ space_problem() { # FOLDER BYTES
   if ((free < $2)); then say "$1: needs $(decimal "$2"), $(decimal "$free") are free"; fi
 }
 
+# Docker calls an image by its configuration, or with containerd's image store by its manifest.
 image_is_loaded() {
   local id
   id=$(docker image inspect --format '{{.Id}}' "$BUNDLE_IMAGE" 2>/dev/null) || return 1
-  # Docker with containerd's image store calls an image by its manifest, otherwise by its configuration.
-  [[ $id == "$BUNDLE_IMAGE_ID" ]] || grep -q "\"digest\":\"$id\"" "$ROOT/images/index.json"
+  grep -q "${id#sha256:}" "$ROOT/images/index.json" "$ROOT/images/manifest.json"
 }
 
 load_images() {
@@ -174,7 +180,7 @@ load_images() {
   said=$(bundled | cut -c 67- | grep '^images/' | sort -u |
     while IFS= read -r path; do if [[ -f $ROOT/$path ]]; then printf '%s\n' "${path#images/}"; fi; done |
     tar --create --directory "$ROOT/images" --verbatim-files-from --files-from - | docker load 2>&1) ||
-    die "docker load: $(tail -n 1 <<<"$said"); nothing was changed. $(is_increment && say "This is an increment: unpack the bundle that it builds on into the same folder first. ")Run it again when that is mended"
+    die "docker load: $(tail -n 1 <<<"$said"); nothing of a deployment was changed. $(is_increment && say "This is an increment: unpack the bundle that it builds on into the same folder first. ")Run it again when that is mended"
   image_is_loaded || die "docker load said \"$(tail -n 1 <<<"$said")\", but $BUNDLE_IMAGE is not there"
   say "loaded in $((SECONDS - began)) s"
 }

@@ -14,7 +14,8 @@ fi
 # shellcheck disable=SC1090
 source "$about"
 if [[ ! -e $home/config ]]; then
-  (umask 022 && cp -R "$release/config" "$home/config")
+  cp -R "$release/config" "$home/config"
+  chmod -R a+rX "$home/config"
   if [[ -d $home/models ]]; then chmod -R a+rX "$home/models"; fi # the container's user reads them
 fi
 export VLLM_UNIFIED_HOME=$home VLLM_UNIFIED_OFFLINE=1

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install this bundle on a machine without a network, or take an older installation to it.
 set -euo pipefail
+shopt -s extglob
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 # shellcheck source=./common.sh
 source "$ROOT/scripts/common.sh"
@@ -63,6 +64,8 @@ main() {
   say "vllm-unified $VERSION ($BUNDLE_RUNTIME) to $TO. Nothing is changed yet."
   pre_flight
   [[ -z $verify ]] || verify
+  base_must_be_right
+  find_lacking_models
   say_what_will_be_done
   if [[ -n $dry_run ]]; then
     say "nothing was changed"
@@ -87,28 +90,32 @@ $problems"
 
 machine_problems() {
   local tool
-  for tool in awk comm cut find flock grep nproc realpath sed sha256sum sort stat tar xargs; do
+  for tool in awk cut find flock nproc realpath sed sha256sum sort stat tar timeout xargs; do
     command -v "$tool" >/dev/null || say "$tool is not installed; it is in every distribution's packages coreutils, findutils, gawk, sed, tar or util-linux"
   done
 }
 
 folder_problems() {
-  local existing=$TO
+  local existing=$TO needed=$OWN_BYTES
   while [[ ! -e $existing ]]; do existing=$(dirname "$existing"); done
   if [[ ! -d $existing || ! -w $existing ]]; then
     say "$existing: $(id -un) may not write there; run it as one who may, or name another folder with --to"
   elif [[ $TO/ == "$ROOT"/* || $ROOT/ == "$TO"/* ]]; then
     say "$TO: the bundle itself is there; name another folder with --to"
-  elif [[ -e $TO && ! -e $TO/$MARK && -n $(ls -A "$TO") ]]; then
+  elif [[ -e $TO && ! -e $TO/$MARK && $(ls -A "$TO") != ?(.env) ]]; then
     say "$TO: holds something else; name another folder with --to, or empty it"
   elif [[ $TO == *[%:$'\n']* ]]; then
     say "$TO: has a letter (%, : or a line's end) that supervisor or Docker can't live with; name another folder with --to"
   fi
-  local needed=$OWN_BYTES
   if [[ $BUNDLE_RUNTIME == native ]]; then needed=$((needed + NATIVE_BYTES)); fi
-  # On one disk weights are links.
-  if [[ $(stat -c %d "$existing") != $(stat -c %d "$ROOT") ]]; then needed=$((needed + BUNDLE_MODEL_BYTES)); fi
+  if ! takes_links "$existing"; then needed=$((needed + BUNDLE_MODEL_BYTES)); fi
   if [[ ! -d $TO/releases/$VERSION ]]; then space_problem "$existing" "$needed"; fi
+}
+
+# Whether weights can be links there, which take no room.
+takes_links() { # FOLDER
+  local probe=$1/.vllm-unified-probe.$$
+  [[ -w $1 ]] && ln "$ROOT/SHA256SUMS" "$probe" 2>/dev/null && rm -f "$probe"
 }
 
 bundle_problems() {
@@ -118,14 +125,11 @@ bundle_problems() {
     ((++lacking > 1)) || first=$path
   done < <(paths_in "$ROOT/SHA256SUMS")
   if ((lacking)); then say "$lacking files of the bundle are missing, as $first; unpack it again, all parts of it"; fi
-  if is_increment; then
-    while IFS= read -r path; do
-      if [[ $path == models/* && ! -e $ROOT/$path && ! -e $TO/$path ]]; then
-        say "$path: neither here nor in $TO; this is an increment: unpack the bundle that it builds on into the same folder first"
-        break
-      fi
-    done < <(paths_in "$ROOT/SINCE")
-  fi
+  while IFS= read -r path; do
+    if [[ $path == images/* || -e $ROOT/$path || ($path == models/* && -e $TO/$path) ]]; then continue; fi
+    say "$path: neither here nor in $TO; this is an increment: unpack the bundle that it builds on into the same folder first"
+    break
+  done < <(paths_in "$ROOT/SINCE")
   if is_in_use "$VERSION" && ! is_this_release "$TO/releases/$VERSION"; then
     say "$TO/releases/$VERSION: another release of the same name; make the bundle with a --version of its own"
   fi
@@ -133,10 +137,12 @@ bundle_problems() {
 }
 
 taken_ports() {
-  local port
-  for port in 8000 8001 8002 8003 8004; do
+  local name port
+  for name in ROUTER:8000 CHAT:8001 EMBEDDING:8002 RERANK:8003 OCR:8004; do
+    port=$(sed -n "s/^VLLM_${name%:*}_PORT=\([0-9]*\)$/\1/p" "$TO/.env" 2>/dev/null | tail -n 1)
+    port=${port:-${name#*:}}
     if (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
-      say "port $port is taken; end what listens there (ss -ltnp shows it). Other ports are named in .env after that, see README.md"
+      say "port $port is taken; end what listens there (ss -ltnp shows it), or name another in $TO/.env first, as VLLM_${name%:*}_PORT=1$port"
     fi
   done
 }
@@ -159,8 +165,22 @@ native_problems() {
   fi
 }
 
+# An increment takes from the installation what it does not carry.
+base_must_be_right() {
+  local sums line wrong
+  is_increment || return 0
+  sums=$(temporary)
+  while IFS= read -r line; do
+    if [[ ${line:66} == models/* && ! -e $ROOT/${line:66} ]]; then say "$line"; fi
+  done <"$ROOT/SINCE" >"$sums"
+  wrong=$(wrong_files "$sums" "$TO") || wrong+=$'\nthe check was broken off'
+  rm -f "$sums"
+  [[ -z $wrong ]] || die "$TO is not what this increment builds on; unpack the bundle that it builds on into the same folder first. Nothing was changed:
+$wrong"
+}
+
 say_what_will_be_done() {
-  local current
+  local current folder
   current=$(release_of current)
   case $current in
     '') say "installs $VERSION" ;;
@@ -168,14 +188,13 @@ say_what_will_be_done() {
     *) say "takes $current to $VERSION; the way back is $TO/rollback.sh" ;;
   esac
   if [[ -e $TO/config ]]; then say "keeps config/, .env, keys and jobs as they are"; fi
-  local folder
-  while IFS= read -r folder; do
-    if [[ ! -e $TO/models/$folder ]]; then
-      say "adds models/$folder"
-    elif ! has_weights "$folder"; then
+  for folder in "${LACKING[@]}"; do
+    if [[ -e $TO/models/$folder ]]; then
       say "replaces models/$folder, which the way back brings back"
+    else
+      say "adds models/$folder"
     fi
-  done < <(bundled_models)
+  done
 }
 
 # --- the installation; each step leaves what is there already ---
@@ -192,17 +211,13 @@ install() {
   if [[ ! -e $TO/config ]]; then
     rm -rf "$TO/.config.new"
     cp -R "$ROOT/release/config" "$TO/.config.new"
+    chmod -R a+rX "$TO/.config.new"
     mv -T "$TO/.config.new" "$TO/config"
   fi
-  local name
-  for name in deploy.sh rollback.sh uninstall.sh; do
-    cp "$TO/releases/$VERSION/scripts/offline/$name" "$TO/.$name.new"
-    mv "$TO/.$name.new" "$TO/$name"
-  done
 }
 
 is_in_use() { [[ $1 == "$(release_of current)" || $1 == "$(release_of previous)" ]]; } # VERSION
-is_this_release() { cmp -s "$1/SHA256SUMS" "$ROOT/SHA256SUMS"; } # FOLDER
+is_this_release() { [[ $(<"$1/SHA256SUMS") == "$(<"$ROOT/SHA256SUMS")" ]]; }           # FOLDER
 
 install_release() {
   local place=$TO/releases/$VERSION
@@ -210,6 +225,7 @@ install_release() {
     rm -rf "$place" "$place.new" "$TO/models/.$VERSION"
     cp -R "$ROOT/release" "$place.new"
     cp "$ROOT/bundle.env" "$ROOT/SHA256SUMS" "$place.new"
+    chmod a+x "$place.new/deploy.sh" "$place.new"/scripts/offline/*.sh # a stick may have lost that
     sync -f "$place.new"
     mv -T "$place.new" "$place"
   fi
@@ -229,25 +245,37 @@ install_natively() { # RELEASE
   )
 }
 
+# Folders below models/: the first on each way down that has files of its own.
 bundled_models() {
-  bundled | cut -c 67- | sed -n 's|^models/\(.*\)/[^/]*$|\1|p' |
-    LC_ALL=C sort -u | awk 'NR == 1 || index($0 "/", last) != 1 { last = $0 "/"; print }'
+  bundled | cut -c 67- | sed -n 's|^models/\(.*/\)[^/]*$|\1|p' | LC_ALL=C sort -u |
+    awk 'NR == 1 || index($0, last) != 1 { last = $0; sub("/$", ""); print }'
 }
 
-model_sums() { bundled | sed -n "\|^[0-9a-f]\{64\}  models/$1/|p"; } # FOLDER
+model_sums() { # FOLDER
+  bundled | PREFIX="models/$1/" awk 'index(substr($0, 67), ENVIRON["PREFIX"]) == 1'
+}
 
-# Whether what is installed is what the bundle has; read only where neither names nor sizes tell.
+# LACKING: the models of the bundle that are not here, or not as the bundle has them.
+find_lacking_models() {
+  local folder
+  LACKING=()
+  while IFS= read -r folder; do
+    if ! has_weights "$folder"; then LACKING+=("$folder"); fi
+  done < <(bundled_models)
+}
+
+# Read only where neither names nor sizes tell.
 has_weights() { # FOLDER
   local sums path answer=0
-  sums=$(mktemp)
-  model_sums "$1" >"$sums"
+  sums=$(temporary) || exit
+  model_sums "$1" >"$sums" || die "$sums: can't be written; set TMPDIR to a folder with room"
   while IFS= read -r path; do
     if [[ ! -f $TO/$path || (-f $ROOT/$path && $(stat -c %s "$TO/$path") != $(stat -c %s "$ROOT/$path")) ]]; then
       answer=1
       break
     fi
   done < <(paths_in "$sums")
-  if ((answer == 0)) && ! are_one "$sums"; then [[ -z $(wrong_files "$sums" "$TO") ]] || answer=1; fi
+  if ((answer == 0)) && ! are_one "$sums" && [[ -n $(wrong_files "$sums" "$TO" || say broken) ]]; then answer=1; fi
   rm -f "$sums"
   return "$answer"
 }
@@ -258,32 +286,35 @@ are_one() { # SUMS
   while IFS= read -r path; do [[ $TO/$path -ef $ROOT/$path ]] || return 1; done < <(paths_in "$1")
 }
 
-# Weights that are new or other than those here go beside them, until the release is the current one. On one disk they
-# are links, which take neither time nor room.
+# Weights that are new or other than those here go beside them, until the release is the current one. Where the disk
+# can, they are clones or links, which take neither time nor room.
 stage_models() {
-  local folder stage path from
+  local folder stage path
   stage=$TO/models/.$VERSION
-  while IFS= read -r folder; do
-    if has_weights "$folder"; then continue; fi
-    say "taking in models/$folder, $(folder_size "$folder")"
+  ((${#LACKING[@]})) || return 0
+  for folder in "${LACKING[@]}"; do
+    say "taking in models/$folder"
     while IFS= read -r path; do
-      from=$ROOT/$path
-      [[ -e $from ]] || from=$TO/$path
-      mkdir -p "$(dirname "$stage/${path#models/}")"
-      cp --archive --force --link "$from" "$stage/${path#models/}" 2>/dev/null ||
-        { cp --archive "$from" "$stage/${path#models/}.part" && mv "$stage/${path#models/}.part" "$stage/${path#models/}"; } ||
-        die "$TO: the copy of $path failed; make room and run it again, it goes on"
+      [[ -e $stage/${path#models/} ]] || stage_file "$path" "$stage/${path#models/}"
     done < <(model_sums "$folder" | cut -c 67-)
-    # The container's user is another one.
-    chmod -R a+rX "$stage"
-  done < <(bundled_models)
+  done
+  chmod -R a+rX "$stage" # the container's user is another one
+  sync -f "$stage"
+  printf '%s\n' "${LACKING[@]}" >"$stage/.models.new"
+  mv "$stage/.models.new" "$stage/.models"
 }
 
-folder_size() {
-  decimal "$(model_sums "$1" | cut -c 67- | while IFS= read -r path; do stat -c %s "$ROOT/$path" 2>/dev/null || stat -c %s "$TO/$path"; done | awk '{ n += $1 } END { print n + 0 }')"
+stage_file() { # PATH PLACE: whole, or not at all
+  local from=$ROOT/$1
+  [[ -e $from ]] || from=$TO/$1
+  mkdir -p "$(dirname "$2")"
+  rm -f "$2.part"
+  cp --archive --reflink=always "$from" "$2.part" 2>/dev/null || { rm -f "$2.part" && ln "$from" "$2.part" 2>/dev/null; } ||
+    cp --archive "$from" "$2.part" || die "$TO: the copy of $1 failed; make room and run it again, it goes on"
+  mv "$2.part" "$2"
 }
 
-# The current one and the one before stay.
+# The current one and the one before stay, with the weights of each.
 remove_older_releases() {
   local place version image
   for place in "$TO"/releases/*; do
@@ -291,8 +322,13 @@ remove_older_releases() {
     if is_in_use "$version"; then continue; fi
     image=$(sed -n 's/^BUNDLE_IMAGE=//p' "$place/bundle.env" 2>/dev/null || true)
     if [[ -n $image ]]; then docker image rm "$image" >/dev/null 2>&1 || true; fi
-    rm -rf -- "$place" "$TO/models/.before-$version" "$TO/models/.$version"
+    rm -rf -- "$place"
     say "removed the older release $version"
+  done
+  for place in "$TO"/models/.[!.]*; do
+    version=$(basename "$place")
+    if [[ $version == ".before-$(release_of current)" || $version == ".$(release_of previous)" ]]; then continue; fi
+    rm -rf -- "$place"
   done
 }
 

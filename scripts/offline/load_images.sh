@@ -13,13 +13,13 @@ Loads the image into the Docker engine that `docker info` reaches. What is loade
 EOF
 }
 
-case ${1:-} in
+case $* in
   '') ;;
   -h | --help)
     usage
     exit
     ;;
-  *) wrong_usage "$1" ;;
+  *) wrong_usage "$*" ;;
 esac
 read_about
 [[ $BUNDLE_RUNTIME == docker ]] || die "this bundle has no image; ./install.sh installs it without Docker"

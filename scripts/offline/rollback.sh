@@ -17,18 +17,22 @@ EOF
 }
 
 timeout=1800
-case ${1:-} in
-  '') ;;
-  --timeout)
-    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--timeout wants a number of seconds"
-    timeout=$2
-    ;;
-  -h | --help)
-    usage
-    exit
-    ;;
-  *) wrong_usage "$1" ;;
-esac
+while (($#)); do
+  case $1 in
+    --timeout)
+      [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--timeout wants a number of seconds"
+      timeout=$2
+      shift
+      ;;
+    -h | --help)
+      usage
+      exit
+      ;;
+    *) wrong_usage "$1" ;;
+  esac
+  shift
+done
+if is_in_docker; then docker_must_answer; fi
 lock_folder
 previous=$(release_of previous)
 [[ -n $previous && -d $TO/releases/$previous ]] || die "there is no release before $(release_of current)"

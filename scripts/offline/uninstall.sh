@@ -44,6 +44,7 @@ main() {
     shift
   done
   [[ -e $TO/$MARK ]] || die "$TO: no installation"
+  if is_in_docker; then docker_must_answer; fi
   lock_folder
   local kept="configuration, .env, keys, jobs and weights"
   say "removes: the releases in $TO and their images${all:+, and all $kept}"
@@ -67,22 +68,27 @@ remove() { # ALL
     if [[ -n $image ]] && docker image rm "$image" >/dev/null 2>&1; then say "removed the image $image"; fi
   done
   remove_volume cache
-  if [[ -n $1 ]]; then
-    remove_volume data
-    rm -rf -- "$TO"
-    return
-  fi
-  rm -rf -- "$TO/releases" "$TO/current" "$TO/previous" "$TO"/.*.new "$TO/run" "$TO/deploy.sh" "$TO/rollback.sh" \
-    "$TO/uninstall.sh"
+  rm -rf -- "$TO/releases" "$TO/current" "$TO/previous" "$TO/.changing" "$TO"/.*.new "$TO"/models/.[!.]* "$TO/run" \
+    "$TO/deploy.sh" "$TO/rollback.sh" "$TO/uninstall.sh"
+  [[ -n $1 ]] || return 0
+  remove_volume data
+  rm -rf -- "$TO/config" "$TO/models" "$TO/data" "$TO/.env" "${TO:?}/$MARK"
+  rmdir -- "$TO" 2>/dev/null || say "what is left in $TO is not of the installation"
 }
 
 # Of this deployment, and only where it carries our label.
 remove_volume() { # cache or data
   local name found
-  command -v docker >/dev/null || return 0
+  docker version >/dev/null 2>&1 || return 0
   name=$(sed -n 's/^VLLM_UNIFIED_NAME=//p' "$TO/.env" 2>/dev/null || true)
-  found=$(docker volume ls --quiet --filter "label=vllm-unified=$1" --filter "name=^${name:-vllm-unified}_vllm_$1\$" 2>/dev/null || true)
-  if [[ -n $found ]]; then docker volume rm "$found" >/dev/null && say "removed the volume $found"; fi
+  found=$(docker volume ls --quiet --filter "label=vllm-unified=$1" --filter "name=^${name:-vllm-unified}_vllm_$1\$")
+  if [[ -z $found ]]; then
+    return
+  elif docker volume rm "$found" >/dev/null; then
+    say "removed the volume $found"
+  else
+    say "the volume $found stays: it is in use"
+  fi
 }
 
 main "$@"

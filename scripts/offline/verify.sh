@@ -16,13 +16,13 @@ Exit codes: 0 whole, 1 something is missing or damaged (each file is named).
 EOF
 }
 
-case ${1:-} in
+case $* in
   '') ;;
   -h | --help)
     usage
     exit
     ;;
-  *) wrong_usage "$1" ;;
+  *) wrong_usage "$*" ;;
 esac
 read_about
 verify

@@ -28,7 +28,6 @@ ABOUT = {
     "BUNDLE_DEVICES": "cpu",
     "BUNDLE_MODEL_BYTES": "0",
     "BUNDLE_IMAGE": "knowflow/vllm-unified:v1",
-    "BUNDLE_IMAGE_ID": "sha256:0",
     "BUNDLE_IMAGE_BYTES": "0",
     "BUNDLE_PYTHON": "",
 }

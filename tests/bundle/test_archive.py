@@ -92,7 +92,7 @@ def test_what_the_disk_lost_is_written_again(tmp_path: Path) -> None:
     assert list(fill(place, 10_000).values()) == list(whole.values())
 
 
-@pytest.mark.parametrize("cut", [1, 20])
+@pytest.mark.parametrize("cut", [1, 20, 180])
 def test_a_journal_whose_last_line_was_cut_off(tmp_path: Path, cut: int) -> None:
     place = tmp_path / "bundle.tar"
     archive = Archive(place, "folder", None, INPUTS)
@@ -104,6 +104,14 @@ def test_a_journal_whose_last_line_was_cut_off(tmp_path: Path, cut: int) -> None
     again = Archive(place, "folder", None, INPUTS)
     assert list(again.members) == ["release/deploy.sh"]
     again.close()
+    assert unpacked(fill(place, None), tmp_path / "there") == FILES
+
+
+@pytest.mark.parametrize("lost", [b"", bytes(300), b"{}\n"])
+def test_a_journal_that_was_lost(tmp_path: Path, lost: bytes) -> None:
+    place = tmp_path / "bundle.tar"
+    place.write_bytes(bytes(5000))
+    (tmp_path / ".bundle.tar.journal").write_bytes(lost)
     assert unpacked(fill(place, None), tmp_path / "there") == FILES
 
 

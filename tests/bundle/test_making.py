@@ -26,7 +26,8 @@ def home(project: Project) -> Project:
     (project.home / "models/chat/model.safetensors").write_bytes(bytes(1000))
     (project.home / "models/chat/other.safetensors.part").write_bytes(bytes(10))
     (project.home / ".env").write_text(f"VLLM_API_KEY={SECRET}\n")
-    (project.home / "config/keys.yaml").write_text(f"keys: [{{name: a, sha256: {SECRET}}}]\n")
+    for name in ("keys.yaml", "keys.yaml~", ".keys.yaml.swp", "keys.yaml.bak", ".env.local"):
+        (project.home / "config" / name).write_text(f"keys: [{{name: a, sha256: {SECRET}}}]\n")
     return project
 
 
@@ -65,7 +66,7 @@ def test_what_is_in_it(home: Project) -> None:
 def test_models_can_be_chosen(home: Project) -> None:
     files = made(home, "--version", "v1", "--models", "rank, chat ,rank")
     assert {name.split("/")[1] for name in files if name.startswith("models/")} == {"chat", "rank"}
-    assert not any(name.startswith("models/") for name in made(home, "--version", "v1", "--skip-models"))
+    assert not any(name.startswith("models/") for name in made(home, "--version", "v2", "--skip-models"))
 
 
 def test_an_increment_has_what_is_new(home: Project) -> None:
@@ -92,6 +93,19 @@ def test_parts_have_checksums_that_sha256sum_reads(home: Project) -> None:
     assert subprocess.run(check, cwd=home.home / "dist", capture_output=True, text=True).stdout.count(": OK") == 3
 
 
+def test_what_is_made_stays(home: Project) -> None:
+    made(home, "--version", "v1")
+    again = bundle(home, "--version", "v1")
+    assert (again.returncode, "the bundle is made already" in again.stderr) == (1, True)
+    assert (home.home / "dist/knowflow-offline-v1.tar").exists()
+
+
+def test_too_many_parts(home: Project) -> None:
+    os.truncate(home.home / "models/chat/model.safetensors", 1_000_000_001)
+    done = bundle(home, "--split", "1M")
+    assert (done.returncode, "more than 999 parts" in done.stderr) == (1, True)
+
+
 def test_damaged_weights_are_not_carried(home: Project) -> None:
     folder = home.home / "models/chat"
     files = (File("config.json", 2, sha256="0" * 64),)
@@ -99,7 +113,7 @@ def test_damaged_weights_are_not_carried(home: Project) -> None:
     done = bundle(home, "--version", "v1")
     assert done.returncode == 1
     assert done.stderr.endswith(
-        "models/chat/config.json: damaged, its checksum differs from the manifest's; "
+        "models/chat/config.json: damaged, its checksum is another than it should be; "
         "./deploy.sh models verify --repair\n"
     )
 

@@ -62,6 +62,13 @@ def test_damage_is_named(unpack: Unpack, tmp_path: Path, lacking: str) -> None:
     assert done.stderr.splitlines()[-1].startswith("verify.sh: 2 files are not as they were made; bring the bundle")
 
 
+def test_a_check_that_has_no_room_is_no_proof(unpack: Unpack, tmp_path: Path) -> None:
+    bundle = unpack(WEIGHTS)
+    done = run(bundle / "verify.sh", TMPDIR="/nowhere")
+    assert (done.returncode, "no room for temporary files" in done.stderr) == (1, True)
+    assert "is whole" not in done.stdout
+
+
 def test_half_a_bundle(unpack: Unpack) -> None:
     bundle = unpack(WEIGHTS)
     (bundle / "SHA256SUMS").unlink()
@@ -142,8 +149,6 @@ class Installed:
         (home / "releases").mkdir(parents=True)
         (home / "models").mkdir()
         (home / "config").mkdir()
-        for name in ("deploy.sh", "rollback.sh"):
-            shutil.copy(bundle / "release/scripts/offline" / name, home / name)
 
     def bring(self, version: str, weights: Mapping[str, str], broken: bool = False) -> None:
         release = self.home / "releases" / version
@@ -153,10 +158,13 @@ class Installed:
         (release / "deploy.sh").chmod(0o755)
         if broken:
             (release / "broken").touch()
+        stage = self.home / "models" / f".{version}"
         for path, content in weights.items():
-            place = self.home / "models" / f".{version}" / path
+            place = stage / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(content)
+        models = {str(Path(path).parent).removesuffix("/1") for path in weights}
+        (stage / ".models").write_text("".join(f"{model}\n" for model in sorted(models)))
 
     def change_to(self, version: str, fault: str = "") -> "subprocess.CompletedProcess[str]":
         scripts = self.home / "releases" / version / "scripts/offline"
@@ -213,7 +221,7 @@ def test_an_upgrade_and_back_and_forth(installed: Installed, start: list[str]) -
     back = run(installed.home / "rollback.sh", "--timeout", "5")
     assert (back.returncode, back.stdout.splitlines()[-1]) == (0, "v1 is the current one")
     assert installed.releases() == ("v1", "v2")
-    assert installed.weights() == {**OLD, "more/config.json": "new"}
+    assert installed.weights() == OLD
     assert installed.calls() == ["v2 stop", f"v1 {again}"]
     assert run(installed.home / "rollback.sh", "--timeout", "5").returncode == 0
     assert (installed.releases(), installed.weights()) == (("v2", "v1"), newer)
@@ -225,8 +233,7 @@ def test_a_release_that_does_not_become_ready_is_taken_back(installed: Installed
     done = installed.change_to("v2")
     assert done.returncode == 1
     assert "v2 did not become ready; v1 runs again" in done.stderr
-    assert installed.releases() == ("v1", "v2")
-    assert installed.weights() == {**OLD, "more/config.json": "new"}
+    assert (installed.releases(), installed.weights()) == (("v1", ""), OLD)
     assert installed.calls() == ["v1 start", "v1 stop", "v2 start --timeout 5", "v2 stop", "v1 start --timeout 5"]
 
 
@@ -234,26 +241,69 @@ def test_what_does_not_run_is_not_started(installed: Installed) -> None:
     installed.bring("v2", NEW)
     assert installed.change_to("v2").returncode == 0
     assert installed.releases() == ("v2", "v1")
-    assert installed.calls() == []
+    assert installed.calls() == ["v1 stop"]
 
 
-@pytest.mark.parametrize("step", range(1, 12))
+POWER = """
+steps=0
+counted() {{ ((++steps <= {step})) || exit 99; command "$@"; }}
+mv() {{ counted mv "$@"; }}; rm() {{ counted rm "$@"; }}; ln() {{ counted ln "$@"; }}
+mkdir() {{ counted mkdir "$@"; }}; cp() {{ counted cp "$@"; }}
+"""
+
+
+@pytest.mark.parametrize("step", range(1, 40, 2))
 def test_power_may_be_lost_between_any_two_steps(installed: Installed, step: int) -> None:
     """Each move and link is a step; after `step` of them nothing happens any more."""
     installed.bring("v2", NEW)
-    fault = f"""
-        steps=0
-        counted() {{ ((++steps <= {step})) || exit 99; command "$@"; }}
-        mv() {{ counted mv "$@"; }}; rm() {{ counted rm "$@"; }}; ln() {{ counted ln "$@"; }}
-        mkdir() {{ counted mkdir "$@"; }}
-    """
-    broken_off = installed.change_to("v2", fault)
-    assert broken_off.returncode in (0, 99)
+    assert installed.change_to("v2", POWER.format(step=step)).returncode in (0, 99)
     assert installed.change_to("v2").returncode == 0
     assert installed.releases() == ("v2", "v1")
     assert installed.weights() == {**NEW, "demo/minilm/config.json": "same"}
     assert run(installed.home / "rollback.sh").returncode == 0
-    assert installed.weights() == {**OLD, "more/config.json": "new"}
+    assert installed.weights() == OLD
+    assert not (installed.home / ".changing").exists()
+
+
+@pytest.mark.parametrize("step", range(1, 40, 2))
+def test_another_release_after_one_whose_change_was_broken_off(installed: Installed, step: int) -> None:
+    installed.bring("v2", NEW)
+    broken_off = installed.change_to("v2", POWER.format(step=step)).returncode
+    installed.bring("v3", {"chat/config.json": "newest"})
+    assert installed.change_to("v3").returncode == 0
+    assert run(installed.home / "rollback.sh").returncode == 0
+    back, expected = installed.releases()[0], {"v1": OLD, "v2": {**NEW, "demo/minilm/config.json": "same"}}
+    assert installed.weights() == expected[back]
+    assert back == "v2" or broken_off == 99
+
+
+def test_the_same_release_again_brings_back_what_was_lost(installed: Installed) -> None:
+    shutil.rmtree(installed.home / "models/chat")
+    stage = installed.home / "models/.v1"
+    (stage / "chat/1").mkdir(parents=True)
+    for path in ("chat/config.json", "chat/1/a"):
+        (stage / path).write_text("old")
+    (stage / ".models").write_text("chat\n")
+    assert installed.change_to("v1").returncode == 0
+    assert (installed.releases(), installed.weights()) == (("v1", ""), OLD)
+
+
+def test_weights_behind_a_symlink_come_back(installed: Installed, tmp_path: Path) -> None:
+    chat = installed.home / "models/chat"
+    chat.rename(tmp_path / "elsewhere")
+    chat.symlink_to(tmp_path / "elsewhere")
+    installed.bring("v2", NEW)
+    assert installed.change_to("v2").returncode == 0
+    assert not chat.is_symlink()
+    assert run(installed.home / "rollback.sh").returncode == 0
+    assert chat.is_symlink()
+    assert (chat / "config.json").read_text() == "old"
+
+
+def test_the_same_release_again_changes_nothing(installed: Installed) -> None:
+    run(installed.home / "deploy.sh", "start")
+    assert installed.change_to("v1").returncode == 0
+    assert installed.calls() == ["v1 start"]
 
 
 def test_there_is_nothing_before_the_first(installed: Installed) -> None:

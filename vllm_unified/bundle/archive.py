@@ -126,6 +126,7 @@ class Parts:
     def _close_part(self) -> None:
         if self._file is not None:
             os.fsync(self._file)
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # who reads it back reads the disk
             os.close(self._file)
             self._file = None
 
@@ -171,14 +172,16 @@ class Archive:
         self._journal.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def _recorded(self) -> list[Member]:
+        """As far as the journal can be read: power may have been lost while it was written."""
         if not self._journal.exists():
             return []
-        inputs, *lines = self._journal.read_text(encoding="utf-8").splitlines()
-        if inputs != self._inputs:
-            return []
-        with contextlib.suppress(ValueError):  # where the last line was cut off
-            return [Member(**json.loads(line)) for line in lines]
-        return [Member(**json.loads(line)) for line in lines[:-1]]
+        inputs, *lines = self._journal.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        members: list[Member] = []
+        if inputs == self._inputs:
+            with contextlib.suppress(ValueError, TypeError):
+                for line in lines:
+                    members.append(Member(**json.loads(line)))
+        return members
 
     def made_of(self, source: str) -> Member | None:
         return next((member for member in self.members.values() if member.made_of == source), None)
@@ -207,7 +210,8 @@ class Archive:
             self.parts.write(block)
             left -= len(block)
         if left or (expected and sha256.hexdigest() != expected):
-            damaged = "damaged, its checksum differs from the manifest's; ./deploy.sh models verify --repair"
+            remedy = "; ./deploy.sh models verify --repair" if path.startswith("models/") else ""
+            damaged = f"damaged, its checksum is another than it should be{remedy}"
             raise UserError(f"{path}: {'its size changed meanwhile' if left else damaged}")
         self.parts.write(bytes(-size % tarfile.BLOCKSIZE))
         self.parts.flush()

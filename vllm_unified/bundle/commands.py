@@ -87,7 +87,6 @@ def bundle(
         "BUNDLE_DEVICES": devices,
         "BUNDLE_MODEL_BYTES": str(sum(source.size for source in weights)),
         "BUNDLE_IMAGE": found.name if found else "",
-        "BUNDLE_IMAGE_ID": found.id if found else "",
         "BUNDLE_IMAGE_BYTES": str(found.size if found else 0),
         "BUNDLE_PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}" if wheels else "",
     }
@@ -108,6 +107,7 @@ def _report(plan: "Plan", made: "Made") -> None:
         click.echo(f"{path}  {decimal(size)}")
     click.echo(f"{decimal(sum(sizes.values()))} in {duration(made.seconds)}; their checksums: {plan.name}.sha256")
     unpack = f"tar xf {plan.name}.tar" if plan.part_bytes is None else f"cat {plan.name}.tar.* | tar x"
+    click.echo(f"its fingerprint, to be told by another way than the bundle goes: {made.fingerprint}")
     click.echo(f"There: {unpack} && cd {FOLDER} && ./install.sh")
     click.echo(f"For an increment on it later: --since {made.sums}")
 

@@ -20,7 +20,8 @@ PROGRAM = (
 NATIVE = ("pyproject.toml", "vllm_unified", "scripts/make_demo_models.py", "demo")
 # For the first level of the unpacked folder.
 TOP = {"install.sh", "verify.sh", "uninstall.sh", "README.md", "README.zh.md"}
-SECRET = {"keys.yaml", ".env"}
+# config/keys.yaml, and what is called after it.
+KEYS = "keys.yaml"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,21 @@ class Source:
 
 
 def files_below(folder: Path, place: str) -> Iterator[Source]:
-    """Neither hidden ones, nor secrets, nor what Python or a download leaves."""
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+    """Neither hidden ones, nor keys, nor what Python, an editor or a download leaves. Raises UserError."""
+    for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if "__pycache__" in parts or path.name in SECRET or path.name.endswith((PART, ".pyc")) or not path.is_file():
-            continue
-        yield Source("/".join((place, *parts)), path, path.stat().st_size)
+        if path.is_file() and not any(_is_left_out(part) for part in parts):
+            yield _source("/".join((place, *parts)), path)
+
+
+def _is_left_out(name: str) -> bool:
+    return name == "__pycache__" or name.startswith((".", KEYS)) or name.endswith((PART, ".pyc", "~"))
+
+
+def _source(place: str, path: Path) -> Source:
+    if re.search(r"[\n\\]", place):
+        raise UserError(f"{path}: with letters that no checksum file can have; rename it")
+    return Source(place, path, path.stat().st_size)
 
 
 def program(checkout: Path, native: bool) -> list[Source]:
@@ -52,7 +62,8 @@ def program(checkout: Path, native: bool) -> list[Source]:
     for name in (*PROGRAM, *(NATIVE if native else ())):
         if not (checkout / name).exists():
             raise UserError(f"{checkout / name}: missing; make the bundle from a whole checkout")
-        found += files_below(checkout / name, f"release/{name}")
+        path, place = checkout / name, f"release/{name}"
+        found += files_below(path, place) if path.is_dir() else [_source(place, path)]
     for source in files_below(checkout / "scripts" / "offline", "scripts"):
         name = source.path.name
         place = name if name in TOP else source.place
@@ -78,7 +89,7 @@ def models(settings: Settings, chosen: Sequence[Model]) -> list[Source]:
             sources = [
                 Source(f"{place}/{file.path}", folder / file.path, file.size, file.sha256) for file in recorded.files
             ]
-            sources += files_below(folder / manifest.NAME, f"{place}/{manifest.NAME}")
+            sources.append(_source(f"{place}/{manifest.NAME}", folder / manifest.NAME))
         found |= {source.place: source for source in sources}
     return list(found.values())
 
@@ -90,10 +101,7 @@ def _place_of(settings: Settings, model: Model, folder: Path) -> str:
             f"models.{model.key}.path: {folder}: a bundle carries what is below {below}; take it in with "
             f"./deploy.sh models import {folder} {model.key}, or leave the model out: --models LIST"
         )
-    place = folder.relative_to(settings.home).as_posix()
-    if re.search(r"[\n\\]", place):
-        raise UserError(f"models.{model.key}.path: {folder}: with letters that no checksum file can have; rename it")
-    return place
+    return folder.relative_to(settings.home).as_posix()
 
 
 def missing(settings: Settings, chosen: Sequence[Model]) -> list[Model]:

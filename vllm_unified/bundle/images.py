@@ -1,6 +1,6 @@
-"""Docker images as an OCI layout: each layer compressed on its own, and once, however many images have it.
+"""A Docker image as an OCI layout, each layer compressed on its own.
 
-Docker, Podman and containerd load the layout as it is, without a further program on the machine.
+Docker loads the layout as it is, without a further program on the machine, and takes of it what it has not.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ LEVEL = 3
 
 @dataclass(frozen=True)
 class Image:
-    """`name`: the one that it gets where it is loaded. `id`: of its configuration. `size`: bytes, unpacked."""
+    """`name`: the one that it gets where it is loaded. `id`: as Docker has it here. `size`: bytes, unpacked."""
 
     name: str
     id: str
@@ -141,6 +141,8 @@ class Layout:
             scratch.unlink(missing_ok=True)
 
     def _describe(self, image: Image, listed: dict[str, Any]) -> None:
+        if listed["Config"] not in self._json or any(path not in self._layers for path in listed["Layers"]):
+            raise UserError("docker save: it does not write an OCI layout; the bundle wants Docker 25 or newer")
         config = self._json[listed["Config"]]
         layers = [self._layers[path] for path in listed["Layers"]]
         config_blob = self._add_json(config)
@@ -155,7 +157,7 @@ class Layout:
             )
         )
         tag = image.name.rpartition(":")[2]
-        names = {"io.containerd.image.name": f"docker.io/{image.name}", "org.opencontainers.image.ref.name": tag}
+        names = {"io.containerd.image.name": _full_name(image.name), "org.opencontainers.image.ref.name": tag}
         described = {
             **_descriptor(manifest, "application/vnd.oci.image.manifest.v1+json"),
             "annotations": names,
@@ -200,13 +202,22 @@ def _saved(image: Image) -> Iterator[IO[bytes]]:
             raise
         while stdout.read(BLOCK):
             pass
+        said = _last_line(stderr)
     if saving.returncode:
-        raise UserError(f"docker save: exit code {saving.returncode}")
+        raise UserError(f"docker save: {said}")
 
 
 def _last_line(stderr: IO[bytes]) -> str:
     lines = stderr.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it wrote no tar file"
+    return lines[-1] if lines else "it broke off"
+
+
+def _full_name(name: str) -> str:
+    """As containerd wants it: Docker leaves out its own registry, and the folder of official images."""
+    first, slash, _ = name.partition("/")
+    if slash and (first == "localhost" or "." in first or ":" in first):
+        return name
+    return f"docker.io/{name}" if slash else f"docker.io/library/{name}"
 
 
 def _descriptor(blob: _Blob, media_type: str) -> dict[str, Any]:

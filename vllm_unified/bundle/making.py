@@ -1,7 +1,6 @@
 """Making the bundle."""
 
 import hashlib
-import os
 import shlex
 import shutil
 import threading
@@ -28,6 +27,7 @@ SINCE = "SINCE"
 ABOUT = "bundle.env"
 # What an earlier bundle may stand in for; the program is always carried whole.
 LARGE = ("images/", "models/", "wheels/")
+MOST_PARTS = 999
 # Of the size of what is compressed; vLLM's images come to less than half.
 LARGEST_SHARE = 0.6
 
@@ -57,15 +57,19 @@ class Plan:
     def inputs(self) -> dict[str, object]:
         """What an interrupted run has to have in common with the next one."""
         sources = [(each.place, each.size, each.path.stat().st_mtime_ns) for each in self.sources]
-        return {"about": self.about, "since": len(self.since), "sources": sources}
+        return {"about": self.about, "since": self.since, "sources": sources}
 
 
 @dataclass(frozen=True)
 class Made:
-    """`parts`: the files to carry, with their SHA-256. `sums`: of all that is in them."""
+    """`parts`: the files to carry, with their SHA-256. `sums`: of all that is in them, for an increment on it.
+
+    `fingerprint`: SHA-256 of the SHA256SUMS that is carried.
+    """
 
     parts: dict[Path, str]
     sums: Path
+    fingerprint: str
     seconds: float
 
 
@@ -73,6 +77,11 @@ def make(plan: Plan, verify: bool, say: Callable[[str], None]) -> Made:
     """Raises UserError. What is made when it is broken off stays, and the next run goes on there."""
     began = time.monotonic()
     place = plan.output / f"{plan.name}.tar"
+    sums, parts_sums = place.with_name(f"{plan.name}.{SUMS}"), place.with_name(f"{plan.name}.sha256")
+    if parts_sums.exists():
+        raise UserError(f"{parts_sums}: the bundle is made already; remove it, or give this one a --version of its own")
+    if plan.part_bytes and plan.bytes / plan.part_bytes > MOST_PARTS:
+        raise UserError(f"--split: more than {MOST_PARTS} parts, which are no longer in order when they are joined")
     _need_room(plan, place)
     plan.output.mkdir(parents=True, exist_ok=True)
     archive = Archive(place, FOLDER, plan.part_bytes, plan.inputs())
@@ -83,16 +92,15 @@ def make(plan: Plan, verify: bool, say: Callable[[str], None]) -> Made:
         members = list(archive.members.values())
         parts = archive.finish()
         if verify:
-            _read_back(archive, members)
+            _read_back(archive, members, plan.jobs)
     except OSError as error:
         raise of_disk(error, place) from None
     finally:
         archive.close()
-    lines = as_sums({path.name: sha256 for path, sha256 in parts.items()})
-    place.with_name(f"{plan.name}.sha256").write_bytes(lines)
-    sums = place.with_name(f"{plan.name}.{SUMS}")
     sums.write_bytes(as_sums(carried))
-    return Made(parts, sums, time.monotonic() - began)
+    parts_sums.write_bytes(as_sums({path.name: sha256 for path, sha256 in parts.items()}))
+    fingerprint = next(member.sha256 for member in members if member.path == SUMS)
+    return Made(parts, sums, fingerprint, time.monotonic() - began)
 
 
 def _need_room(plan: Plan, place: Path) -> None:
@@ -138,8 +146,7 @@ def _fill(plan: Plan, archive: Archive, say: Callable[[str], None]) -> dict[str,
                 archive.add(source.place, source.size, blocks, expected=source.sha256, executable=source.executable)
             progress.done = source.size
     _add_text(archive, ABOUT, "".join(f"{name}={shlex.quote(value)}\n" for name, value in plan.about.items()).encode())
-    if unchanged:
-        _add_text(archive, SINCE, as_sums(unchanged))
+    _add_text(archive, SINCE, as_sums(unchanged))
     carried = {path: member.sha256 for path, member in archive.members.items() if path != SUMS}
     _add_text(archive, SUMS, as_sums(carried))
     return carried | unchanged
@@ -165,7 +172,7 @@ def _blocks(source: Source, progress: Progress, tick: Callable[[], None]) -> Ite
             yield block
 
 
-def _read_back(archive: Archive, members: Sequence[Member]) -> None:
+def _read_back(archive: Archive, members: Sequence[Member], jobs: int) -> None:
     """What the disk gives back is what was written."""
     files = {member.path: Progress(File(member.path, member.size)) for member in members}
 
@@ -184,7 +191,7 @@ def _read_back(archive: Archive, members: Sequence[Member]) -> None:
 
     with shown("verifying", list(files.values())) as tick:
         largest_first = sorted(members, key=lambda member: -member.size)
-        for member, right in in_parallel(check, largest_first, os.cpu_count() or 1, tick):
+        for member, right in in_parallel(check, largest_first, jobs, tick):
             if not right:
                 raise UserError(
                     f"{archive.parts.place}: {member.path} is damaged in what the disk gives back; remove the bundle, "
