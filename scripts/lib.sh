@@ -132,15 +132,28 @@ make_venv() { # PYTHON
     "$1" -m venv --clear "$VENV"
     return
   fi
-  local version uv
-  version=$(sed -n 's/^uv==//p' "$WHEELS/requirements.txt")
-  uv=$VENV/.uv/uv-$version.data/scripts/uv
+  local uv
   rm -rf "$VENV"
-  "$1" -m zipfile -e "$WHEELS/uv-$version"-*.whl "$VENV/.uv"
-  chmod +x "$uv"
+  uv=$(unpack_uv "$1" "$VENV/.uv")
   "$uv" venv --allow-existing --python "$1" "$VENV"
   mv "$uv" "$VENV/bin/uv"
   rm -rf "$VENV/.uv"
+}
+unpack_uv() { # PYTHON FOLDER
+  local version
+  version=$(sed -n 's/^uv==//p' "$WHEELS/requirements.txt")
+  "$1" -m zipfile -e "$WHEELS/uv-$version"-*.whl "$2"
+  chmod +x "$2/uv-$version.data/scripts/uv"
+  say "$2/uv-$version.data/scripts/uv"
+}
+
+# Fails, and says why, where the bundle's wheels are not for this Python, processor or C library. It changes nothing.
+fits_bundle() { # PYTHON SCRATCH
+  local uv
+  uv=$(unpack_uv "$1" "$2")
+  "$uv" --version >/dev/null 2>&1 || return 0 # no program may be run from SCRATCH, so nothing is known
+  UV_CACHE_DIR=$2/cache "$uv" pip install --dry-run --quiet --no-deps --python "$1" --target "$2/none" \
+    --requirement "$WHEELS/requirements.txt"
 }
 
 install_vllm() {

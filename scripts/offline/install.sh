@@ -7,7 +7,7 @@ source "$ROOT/scripts/common.sh"
 # shellcheck source=./installed.sh
 source "$ROOT/scripts/installed.sh"
 
-readonly OWN_BYTES=$((100 * 1000 * 1000)) NATIVE_BYTES=$((8 * 1000 * 1000 * 1000))
+readonly OWN_BYTES=$((100 * 1000 * 1000))
 
 usage() {
   cat <<'EOF'
@@ -105,7 +105,7 @@ folder_problems() {
     say "$TO: has a letter (%, : or a line's end) that supervisor or Docker can't live with; name another folder with --to"
   fi
   local needed=$OWN_BYTES
-  if [[ $BUNDLE_RUNTIME == native ]]; then needed=$((needed + NATIVE_BYTES)); fi
+  if [[ $BUNDLE_RUNTIME == native ]]; then needed=$((needed + BUNDLE_PACKAGE_BYTES)); fi
   # On one disk weights are links.
   if [[ $(stat -c %d "$existing") != $(stat -c %d "$ROOT") ]]; then needed=$((needed + BUNDLE_MODEL_BYTES)); fi
   if [[ ! -d $TO/releases/$VERSION ]]; then space_problem "$existing" "$needed"; fi
@@ -120,7 +120,7 @@ bundle_problems() {
   if ((lacking)); then say "$lacking files of the bundle are missing, as $first; unpack it again, all parts of it"; fi
   if is_increment; then
     while IFS= read -r path; do
-      if [[ $path == models/* && ! -e $ROOT/$path && ! -e $TO/$path ]]; then
+      if [[ ! -e $ROOT/$path && ($path == wheels/* || ($path == models/* && ! -e $TO/$path)) ]]; then
         say "$path: neither here nor in $TO; this is an increment: unpack the bundle that it builds on into the same folder first"
         break
       fi
@@ -162,13 +162,29 @@ native_problems() {
   fi
 }
 
-# Compiled at the first start: with a GPU always, on CPUs where a model has no engine_args.enforce-eager.
+# What no wheel brings, and whether these wheels are for this machine.
 python_problems() { # PYTHON
-  local library
-  for library in libstdc++.so.6 libz.so.1 $([[ $BUNDLE_DEVICES == gpu ]] || say libnuma.so.1); do
-    "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$library" 2>/dev/null ||
-      say "$library is not on this machine, and vLLM needs it; bring the package ${PACKAGE_OF[$library]}"
+  local library scratch said
+  for library in libstdc++.so.6:libstdc++6 libz.so.1:zlib1g libnuma.so.1:libnuma1; do
+    "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "${library%:*}" 2>/dev/null ||
+      say "the library ${library%:*} is missing; bring it (in Debian and Ubuntu the package ${library#*:}) from the installation media of this system"
   done
+  if [[ $BUNDLE_DEVICES == gpu ]]; then missing_to_compile "$1" | sed 's/$/ is missing, and vLLM compiles kernels when it starts; bring it/'; fi
+  compgen -G "$ROOT/wheels/uv-*.whl" >/dev/null || return 0 # files are missing, which is said already
+  scratch=$(mktemp -d)
+  if ! said=$(in_release "$ROOT/release" fits_bundle "$1" "$scratch" 2>&1); then
+    say "the Python packages are not for $1: $(sed -n 's/^ *cause: //p' <<<"$said"); bring a bundle that was made on a system like this one"
+  fi
+  rm -rf "$scratch"
+}
+
+# What is missing of what vLLM compiles with: kernels for a GPU at each first start, graphs for CPUs where they are wanted.
+missing_to_compile() { # PYTHON
+  local compilers=(g++ clang++)
+  [[ $BUNDLE_DEVICES == cpu ]] || compilers=(gcc clang)
+  command -v "${compilers[@]}" >/dev/null || say "a compiler (in Debian and Ubuntu the package ${compilers[0]})"
+  "$1" -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null ||
+    say "the headers of $1 (in Debian and Ubuntu the package python$BUNDLE_PYTHON-dev)"
 }
 
 # COMMAND of the release's scripts/lib.sh, with the packages of this bundle.
@@ -192,6 +208,10 @@ say_what_will_be_done() {
     *) say "takes $current to $VERSION; the way back is $TO/rollback.sh" ;;
   esac
   if [[ -e $TO/config ]]; then say "keeps config/, .env, keys and jobs as they are"; fi
+  if [[ $BUNDLE_RUNTIME$BUNDLE_DEVICES == nativecpu ]]; then
+    missing_to_compile "$(in_release "$ROOT/release" find_python)" |
+      sed 's/^/note: without /; s/$/, each model wants engine_args.enforce-eager: true/'
+  fi
   local folder
   while IFS= read -r folder; do
     if [[ ! -e $TO/models/$folder ]]; then

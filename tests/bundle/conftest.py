@@ -41,7 +41,7 @@ def unpack(tmp_path: Path) -> Unpack:
     def unpack(files: Mapping[str, bytes], since: Mapping[str, str] = {}, **about: str) -> Path:
         version = about.get("BUNDLE_VERSION", "v1")
         scratch = tmp_path / f"of {version}"
-        sources = [*program(CHECKOUT, native=False), *sources_of(scratch / "in", files)]
+        sources = [*program(CHECKOUT, native=about.get("BUNDLE_RUNTIME") == "native"), *sources_of(scratch / "in", files)]
         made = make(Plan(scratch, version, {**ABOUT, **about}, sources, since=dict(since)), verify=True, say=print)
         (tar,) = made.parts
         subprocess.run(["tar", "x", "-C", scratch, "-f", tar], check=True)
