@@ -117,7 +117,11 @@ RELEASE = """#!/usr/bin/env bash
 here=$(dirname "${BASH_SOURCE[0]}")
 echo "$(basename "$here") $*" >>"$VLLM_UNIFIED_HOME/calls"
 case $1 in
-  start) [[ ! -e $here/broken ]] || exit 1; echo "$*" >"$VLLM_UNIFIED_HOME/up" ;;
+  start)
+    [[ ! -e $here/broken ]] || exit 1
+    echo "$*" >"$VLLM_UNIFIED_HOME/up"
+    sleep 20 &>/dev/null & # as supervisord, it must not hold the lock of who started it
+    ;;
   stop) rm -f "$VLLM_UNIFIED_HOME/up" ;;
   status)
     [[ -e $VLLM_UNIFIED_HOME/up ]] || exit 3
