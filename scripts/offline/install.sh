@@ -153,6 +153,10 @@ native_problems() {
   elif [[ $BUNDLE_DEVICES == cpu ]] && has_nvidia_gpu; then
     say "the bundle is for machines without a GPU; bring one that was made on a machine with one"
   fi
+  # As many bytes as a Unix socket in run/ may have in its path, and supervisor's process number.
+  if (($(LC_ALL=C && printf %s "${#TO}") > 75)); then
+    say "$TO: too long a path, 75 bytes at most; name another folder with --to"
+  fi
   if [[ $ROOT == *[,$'\n']* ]]; then
     say "$ROOT: has a comma or a line's end, with which Python packages can't be found; unpack the bundle in another folder"
   elif ! python=$(in_release "$ROOT/release" find_python 2>&1); then
