@@ -81,11 +81,10 @@ main() {
   else
     install_vllm
     make_demo_models
-    step "Collecting the Python packages" collect_wheels "$output/.wheels"
-    options+=(--wheels "$output/.wheels" --devices "$(devices_of_machine)")
+    collect_wheels
+    options+=(--wheels "$WHEELHOUSE" --devices "$(devices_of_machine)")
   fi
   "$VENV/bin/vllm-unified" bundle --output "$output" "${options[@]}"
-  rm -rf "$output/.wheels"
 }
 
 path() { (cd "$CALLED_FROM" && realpath --canonicalize-missing -- "$1"); }
@@ -113,18 +112,24 @@ install_bundler() {
   mark_installed bundle "$wanted"
 }
 
-# Of all that is installed here for vLLM and ourselves, at these versions.
-collect_wheels() { # FOLDER
-  local torch=()
-  rm -rf "$1" # other versions, of a run that was interrupted
-  mkdir -p "$1"
-  "$VENV/bin/vllm-unified" requirements >"$1/requirements.txt"
-  mapfile -t torch < <(grep '^torch==.*+cpu' "$1/requirements.txt")
-  pip wheel --no-deps --wheel-dir "$1" --requirement <(grep -v '^torch==.*+cpu' "$1/requirements.txt")
-  if ((${#torch[@]})); then
-    pip wheel --no-deps --wheel-dir "$1" "${torch[@]}" ||
-      pip wheel --no-deps --wheel-dir "$1" --index-url "$TORCH_CPU_INDEX" "${torch[@]}"
-  fi
+# Of all that is installed here for vLLM and ourselves, at these versions. They stay for the next bundle.
+collect_wheels() {
+  WHEELHOUSE=$VENV/.wheels
+  local wanted
+  wanted=$("$VENV/bin/vllm-unified" requirements)
+  [[ ! -f $WHEELHOUSE/requirements.txt || $(<"$WHEELHOUSE/requirements.txt") != "$wanted" ]] || return 0
+  rm -rf "$WHEELHOUSE"
+  mkdir "$WHEELHOUSE"
+  step "Collecting the Python packages" collect_wheels_now "$wanted"
+  printf '%s\n' "$wanted" >"$WHEELHOUSE/requirements.txt" # the last: all are here
+}
+collect_wheels_now() { # REQUIREMENTS
+  local torch pip_wheel
+  pip_wheel=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input wheel --no-deps --wheel-dir "$WHEELHOUSE")
+  torch=$(grep '^torch==.*+cpu' <<<"$1") || torch=
+  # An index is asked for each, and answers slowly: several at a time.
+  grep -v '^torch==.*+cpu' <<<"$1" | xargs -P 8 -n 10 "${pip_wheel[@]}"
+  [[ -z $torch ]] || "${pip_wheel[@]}" "$torch" || "${pip_wheel[@]}" --index-url "$TORCH_CPU_INDEX" "$torch"
 }
 
 wrong_usage() {

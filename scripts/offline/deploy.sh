@@ -22,7 +22,8 @@ export VLLM_UNIFIED_HOME=$home VLLM_UNIFIED_OFFLINE=1
 if [[ $BUNDLE_RUNTIME == docker ]]; then
   export VLLM_UNIFIED_IMAGE=$BUNDLE_IMAGE
   grep -qs '^VLLM_UNIFIED_MODELS=' "$home/.env" || export VLLM_UNIFIED_MODELS=./models
-elif [[ -d $home/wheels ]]; then
-  export VLLM_UNIFIED_WHEELS=$home/wheels
+else
+  # Where they are not beside the release any more, it has them in its .venv.
+  export VLLM_UNIFIED_WHEELS=$home/wheels BUNDLE_PYTHON BUNDLE_VERSION
 fi
 exec "$release/deploy.sh" "$@"

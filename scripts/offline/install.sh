@@ -8,7 +8,7 @@ source "$ROOT/scripts/common.sh"
 # shellcheck source=./installed.sh
 source "$ROOT/scripts/installed.sh"
 
-readonly OWN_BYTES=$((100 * 1000 * 1000)) NATIVE_BYTES=$((8 * 1000 * 1000 * 1000))
+readonly OWN_BYTES=$((100 * 1000 * 1000))
 
 usage() {
   cat <<'EOF'
@@ -107,7 +107,7 @@ folder_problems() {
   elif [[ $TO == *[%:$'\n']* ]]; then
     say "$TO: has a letter (%, : or a line's end) that supervisor or Docker can't live with; name another folder with --to"
   fi
-  if [[ $BUNDLE_RUNTIME == native ]]; then needed=$((needed + NATIVE_BYTES)); fi
+  if [[ $BUNDLE_RUNTIME == native ]]; then needed=$((needed + BUNDLE_PACKAGE_BYTES)); fi
   if ! takes_links "$existing"; then needed=$((needed + BUNDLE_MODEL_BYTES)); fi
   if [[ ! -d $TO/releases/$VERSION ]]; then space_problem "$existing" "$needed"; fi
 }
@@ -148,22 +148,63 @@ taken_ports() {
 }
 
 native_problems() {
-  local python
-  python=$(command -v "python$BUNDLE_PYTHON") || say "python$BUNDLE_PYTHON is not installed; bring it from the installation media of this system"
-  if [[ -n $python ]] && ! "$python" -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null; then
-    say "python$BUNDLE_PYTHON has no headers, which vLLM compiles against; bring the package python$BUNDLE_PYTHON-dev"
-  fi
-  local architecture
+  local architecture python
   architecture=$(uname -m | sed 's/^x86_64$/amd64/; s/^aarch64$/arm64/')
   if [[ $architecture != "$BUNDLE_ARCHITECTURE" ]]; then
     say "the bundle is for $BUNDLE_ARCHITECTURE, this machine is $architecture; bring one that was made for it"
+    return
   fi
   if [[ $BUNDLE_DEVICES == gpu ]] && ! has_nvidia_gpu; then
     say "the bundle is for NVIDIA GPUs, and nvidia-smi shows none; bring the driver, or a bundle made on a machine without one"
   elif [[ $BUNDLE_DEVICES == cpu ]] && has_nvidia_gpu; then
     say "the bundle is for machines without a GPU; bring one that was made on a machine with one"
   fi
+  # As many bytes as a Unix socket in run/ may have in its path, and supervisor's process number.
+  if (($(LC_ALL=C && printf %s "${#TO}") > 75)); then
+    say "$TO: too long a path, 75 bytes at most; name another folder with --to"
+  fi
+  if [[ $ROOT == *[,$'\n']* ]]; then
+    say "$ROOT: has a comma or a line's end, with which Python packages can't be found; unpack the bundle in another folder"
+  elif ! python=$(in_release "$ROOT/release" find_python 2>&1); then
+    say "${python#*: }"
+  else
+    python_problems "$python"
+  fi
 }
+
+# What no wheel brings, and whether these wheels are for this machine.
+python_problems() { # PYTHON
+  local library scratch said libraries=(libstdc++.so.6:libstdc++6 libz.so.1:zlib1g)
+  [[ $BUNDLE_DEVICES == gpu ]] || libraries+=(libnuma.so.1:libnuma1)
+  for library in "${libraries[@]}"; do
+    "$1" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "${library%:*}" 2>/dev/null ||
+      say "the library ${library%:*} is missing; bring it (in Debian and Ubuntu the package ${library#*:}) from the installation media of this system"
+  done
+  if [[ $BUNDLE_DEVICES == gpu ]]; then missing_to_compile "$1" | sed 's/$/ is missing, and vLLM compiles kernels when it starts; bring it/'; fi
+  compgen -G "$ROOT/wheels/uv-*.whl" >/dev/null || return 0 # files are missing, which is said already
+  scratch=$(mktemp -d)
+  if ! said=$(in_release "$ROOT/release" fits_bundle "$1" "$scratch" 2>&1); then
+    say "the Python packages are not for $1: $(sed -n 's/^ *cause: //p' <<<"$said"); bring a bundle that was made on a system like this one"
+  fi
+  rm -rf "$scratch"
+}
+
+# What is missing of what vLLM compiles with: kernels for a GPU at each first start, graphs for CPUs where they are wanted.
+missing_to_compile() { # PYTHON
+  local compilers=(g++ clang++)
+  [[ $BUNDLE_DEVICES == cpu ]] || compilers=(gcc clang)
+  command -v "${compilers[@]}" >/dev/null || say "a compiler (in Debian and Ubuntu the package ${compilers[0]})"
+  "$1" -c 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null ||
+    say "the headers of $1 (in Debian and Ubuntu the package python$BUNDLE_PYTHON-dev)"
+}
+
+# COMMAND of the release's scripts/lib.sh, with the packages of this bundle. In a shell of its own, which ends at the
+# first error even where this one looks at the exit code.
+in_release() ( # RELEASE COMMAND…
+  export VLLM_UNIFIED_HOME=$TO VLLM_UNIFIED_WHEELS=$ROOT/wheels BUNDLE_PYTHON BUNDLE_VERSION
+  cd "$1"
+  exec bash -euo pipefail -c 'source scripts/lib.sh; trap end_step INT TERM; "$@"' "$0" "${@:2}"
+)
 
 # An increment takes from the installation what it does not carry.
 base_must_be_right() {
@@ -188,6 +229,10 @@ say_what_will_be_done() {
     *) say "takes $current to $VERSION; the way back is $TO/rollback.sh" ;;
   esac
   if [[ -e $TO/config ]]; then say "keeps config/, .env, keys and jobs as they are"; fi
+  if [[ $BUNDLE_RUNTIME$BUNDLE_DEVICES == nativecpu ]]; then
+    missing_to_compile "$(in_release "$ROOT/release" find_python)" |
+      sed 's/^/note: without /; s/$/, each model wants engine_args.enforce-eager: true/'
+  fi
   for folder in "${LACKING[@]}"; do
     if [[ -e $TO/models/$folder ]]; then
       say "replaces models/$folder, which the way back brings back"
@@ -223,7 +268,10 @@ install_release() {
   local place=$TO/releases/$VERSION
   if [[ ! -d $place ]] || ! is_this_release "$place"; then
     rm -rf "$place" "$place.new" "$TO/models/.$VERSION"
-    cp -R "$ROOT/release" "$place.new"
+    mkdir "$place.new"
+    # Not what a start in the unpacked folder left there.
+    paths_in "$ROOT/SHA256SUMS" | sed -n 's|^release/||p' |
+      tar --create --directory "$ROOT/release" --verbatim-files-from --files-from - | tar --extract --directory "$place.new"
     cp "$ROOT/bundle.env" "$ROOT/SHA256SUMS" "$place.new"
     chmod a+x "$place.new/deploy.sh" "$place.new"/scripts/offline/*.sh # a stick may have lost that
     sync -f "$place.new"
@@ -234,15 +282,10 @@ install_release() {
 
 # Into the release's own .venv, from the wheels that came along.
 install_natively() { # RELEASE
-  (
-    export VLLM_UNIFIED_HOME=$TO VLLM_UNIFIED_WHEELS=$ROOT/wheels
-    PYTHON=$(command -v "python$BUNDLE_PYTHON") && export PYTHON
-    cd "$1"
-    # shellcheck source=/dev/null
-    source scripts/lib.sh
-    install_package
-    install_vllm
-  )
+  if ! in_release "$1" install_package || ! in_release "$1" install_vllm; then
+    rm -rf "$1/.venv"
+    die "the packages were not installed, and what there was of them is removed; what runs goes on"
+  fi
 }
 
 # Folders below models/: the first on each way down that has files of its own.

@@ -38,12 +38,17 @@ def unpack(tmp_path: Path) -> Unpack:
     """A bundle with these files beside the program, unpacked into a folder with a space in its name."""
 
     def unpack(files: Mapping[str, bytes], since: Mapping[str, str] = {}, **about: str) -> Path:
-        version = about.get("BUNDLE_VERSION", "v1")
-        scratch = tmp_path / f"of {version}"
-        sources = [*program(CHECKOUT, native=False), *sources_of(scratch / "in", files)]
-        made = make(Plan(scratch, version, {**ABOUT, **about}, sources, since=dict(since)), verify=True, say=print)
-        (tar,) = made.parts
-        subprocess.run(["tar", "x", "-C", scratch, "-f", tar], check=True)
-        return scratch / "knowflow-offline"
+        return unpacked(tmp_path, files, since, about)
 
     return unpack
+
+
+def unpacked(folder: Path, files: Mapping[str, bytes], since: Mapping[str, str], about: Mapping[str, str]) -> Path:
+    native = about.get("BUNDLE_RUNTIME") == "native"
+    version = about.get("BUNDLE_VERSION", "v1")
+    scratch = folder / f"of {version}"
+    sources = [*program(CHECKOUT, native=native), *sources_of(scratch / "in", files)]
+    made = make(Plan(scratch, version, {**ABOUT, **about}, sources, since=dict(since)), verify=True, say=print)
+    (tar,) = made.parts
+    subprocess.run(["tar", "x", "-C", scratch, "-f", tar], check=True)
+    return scratch / "knowflow-offline"

@@ -63,6 +63,7 @@ def bundle(
     from vllm_unified.bundle import contents
     from vllm_unified.bundle.images import inspect
     from vllm_unified.bundle.making import Plan, make
+    from vllm_unified.bundle.wheels import installed_bytes
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", version):
         raise UserError(f'--version "{version}": letters, digits, dots and dashes, as a tag of an image has them')
@@ -88,6 +89,7 @@ def bundle(
         "BUNDLE_MODEL_BYTES": str(sum(source.size for source in weights)),
         "BUNDLE_IMAGE": found.name if found else "",
         "BUNDLE_IMAGE_BYTES": str(found.size if found else 0),
+        "BUNDLE_PACKAGE_BYTES": str(installed_bytes(wheels) if wheels else 0),
         "BUNDLE_PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}" if wheels else "",
     }
     # The last of those with one place: this deployment's configuration is in that of the shipped one.

