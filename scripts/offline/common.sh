@@ -166,7 +166,7 @@ space_problem() { # FOLDER BYTES
 image_is_loaded() {
   local id
   id=$(docker image inspect --format '{{.Id}}' "$BUNDLE_IMAGE" 2>/dev/null) || return 1
-  grep -q "${id#sha256:}" "$ROOT/images/index.json" "$ROOT/images/manifest.json"
+  grep -qs "${id#sha256:}" "$ROOT/images/index.json" "$ROOT/images/manifest.json"
 }
 
 load_images() {

@@ -18,6 +18,7 @@ def sources_of(folder: Path, files: Mapping[str, bytes]) -> list[Source]:
         path = folder / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+        path.chmod(0o755 if content.startswith(b"#!") else 0o644)
     return [Source(place, folder / place, len(content)) for place, content in files.items()]
 
 
@@ -47,8 +48,9 @@ def unpacked(folder: Path, files: Mapping[str, bytes], since: Mapping[str, str],
     native = about.get("BUNDLE_RUNTIME") == "native"
     version = about.get("BUNDLE_VERSION", "v1")
     scratch = folder / f"of {version}"
-    sources = [*program(CHECKOUT, native=native), *sources_of(scratch / "in", files)]
-    made = make(Plan(scratch, version, {**ABOUT, **about}, sources, since=dict(since)), verify=True, say=print)
+    sources = {each.place: each for each in (*program(CHECKOUT, native=native), *sources_of(scratch / "in", files))}
+    plan = Plan(scratch, version, {**ABOUT, **about}, list(sources.values()), since=dict(since))
+    made = make(plan, verify=True, say=print)
     (tar,) = made.parts
     subprocess.run(["tar", "x", "-C", scratch, "-f", tar], check=True)
     return scratch / "knowflow-offline"
