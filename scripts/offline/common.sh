@@ -75,9 +75,10 @@ wrong_files() {
   done
   wait "$hashing" || true
   cat "$scratch/missing"
-  sort -k 2 "$sums" >"$scratch/expected"
-  cat "$scratch"/sums/* 2>/dev/null | sed 's/^\([0-9a-f]\{64\}\) \*/\1  /' | sort -k 2 >"$scratch/found"
-  comm -23 "$scratch/expected" "$scratch/found" | cut -c 67- | grep -Fxf "$scratch/there" | sed 's/$/: damaged/'
+  LC_ALL=C sort "$sums" >"$scratch/expected"
+  cat "$scratch"/sums/* 2>/dev/null | sed 's/^\([0-9a-f]\{64\}\) \*/\1  /' | LC_ALL=C sort >"$scratch/found"
+  LC_ALL=C comm -23 "$scratch/expected" "$scratch/found" | cut -c 67- | { grep -Fxf "$scratch/there" || true; } |
+    sed 's/$/: damaged/'
   rm -rf "$scratch"
 }
 
@@ -97,12 +98,13 @@ verify() {
   sums=$(mktemp)
   all_sums >"$sums"
   wrong=$(wrong_files "$sums")
-  bytes=$(cd "$ROOT" && paths_in "$sums" | tr '\n' '\0' | xargs -0 -r stat -c %s 2>/dev/null | awk '{ n += $1 } END { print n + 0 }')
-  rm -f "$sums"
   if [[ -n $wrong ]]; then
+    rm -f "$sums"
     head -n 20 <<<"$wrong" >&2
     die "$(wc -l <<<"$wrong") files are not as they were made; bring the bundle again, and compare its parts with their .sha256 first"
   fi
+  bytes=$(cd "$ROOT" && paths_in "$sums" | tr '\n' '\0' | xargs -0 -r stat -c %s | awk '{ n += $1 } END { print n + 0 }')
+  rm -f "$sums"
   say "the bundle is whole: $(wc -l <"$ROOT/SHA256SUMS") files, $(decimal "$bytes"), read in $((SECONDS - began)) s"
   say "its fingerprint: $(sha256sum "$ROOT/SHA256SUMS" | cut -c 1-64)"
 }

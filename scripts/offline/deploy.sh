@@ -13,7 +13,10 @@ else
 fi
 # shellcheck disable=SC1090
 source "$about"
-if [[ ! -e $home/config ]]; then cp -R "$release/config" "$home/config"; fi
+if [[ ! -e $home/config ]]; then
+  (umask 022 && cp -R "$release/config" "$home/config")
+  if [[ -d $home/models ]]; then chmod -R a+rX "$home/models"; fi # the container's user reads them
+fi
 export VLLM_UNIFIED_HOME=$home VLLM_UNIFIED_OFFLINE=1
 if [[ $BUNDLE_RUNTIME == docker ]]; then
   export VLLM_UNIFIED_IMAGE=$BUNDLE_IMAGE

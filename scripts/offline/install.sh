@@ -184,6 +184,7 @@ install() {
   mkdir -p "$TO"
   : >>"$TO/$MARK"
   lock_folder
+  umask 022 # the container's user reads the configuration and the weights
   mkdir -p "$TO/releases" "$TO/models"
   if [[ $BUNDLE_RUNTIME == docker ]]; then load_images; fi
   install_release

@@ -15,10 +15,13 @@ lock_folder() {
   flock -n 8 || die "$TO: another installation is at work there; wait for it"
 }
 
+# Without the lock, which what it starts would hold for as long as it runs.
+deploy() { "$TO/deploy.sh" "$@" 8<&-; }
+
 # "--demo" or nothing, as what runs was started; exit code 1 where nothing runs.
 running_as() {
   local said
-  said=$("$TO/deploy.sh" status --json 2>/dev/null) || true # it is 3 while a model is not ready
+  said=$(deploy status --json 2>/dev/null) || true # it is 3 while a model is not ready
   [[ $said == *'"running": true'* ]] || return 1
   if [[ $said == *'models.demo.json"'* ]]; then say --demo; fi
 }
@@ -32,15 +35,15 @@ change_release() { # VERSION TIMEOUT
     running=yes
     [[ -z $demo ]] || start=("$demo")
     say "stopping $old; requests in flight are finished first"
-    "$TO/deploy.sh" stop
+    deploy stop
   fi
   switch_to "$version"
   [[ -n $running ]] || return 0
-  if "$TO/deploy.sh" start "${start[@]}" --timeout "$timeout"; then return; fi
+  if deploy start "${start[@]}" --timeout "$timeout"; then return; fi
   say "$version did not become ready; going back to $old" >&2
-  "$TO/deploy.sh" stop || true
+  deploy stop || true
   switch_to "$old"
-  "$TO/deploy.sh" start "${start[@]}" --timeout "$timeout" ||
+  deploy start "${start[@]}" --timeout "$timeout" ||
     die "$old does not become ready either; see $TO/deploy.sh logs"
   die "$version did not become ready; $old runs again. $TO/deploy.sh logs says why"
 }

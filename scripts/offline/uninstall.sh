@@ -60,7 +60,7 @@ main() {
 
 remove() { # ALL
   local release image
-  if [[ -e $TO/current ]]; then "$TO/deploy.sh" stop; fi
+  if [[ -e $TO/current ]]; then deploy stop; fi
   for release in "$TO"/releases/*/bundle.env; do
     [[ -e $release ]] || continue
     image=$(sed -n 's/^BUNDLE_IMAGE=//p' "$release")

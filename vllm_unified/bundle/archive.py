@@ -64,6 +64,7 @@ class Parts:
     def cut(self, offset: int) -> None:
         """Let the stream end there, and go on from there. Raises OSError."""
         self._close_part()
+        self._remove_of_other_limit()
         self.offset, self.sums, self._sum = offset, [], hashlib.sha256()
         for number, part in enumerate(self.all()):
             keep = offset if self.limit is None else min(self.limit, max(0, offset - number * self.limit))
@@ -75,6 +76,11 @@ class Parts:
                 self._sum = hashlib.file_digest(file, "sha256")
             if keep == self.limit:
                 self._end_part()
+
+    def _remove_of_other_limit(self) -> None:
+        """What one file was, or parts were, would be carried too."""
+        for part in Parts(self.place, None if self.limit else 1).all():
+            part.unlink()
 
     def write(self, block: bytes) -> None:
         """Raises OSError, of this block or of one before it."""
@@ -201,8 +207,8 @@ class Archive:
             self.parts.write(block)
             left -= len(block)
         if left or (expected and sha256.hexdigest() != expected):
-            what = "its size changed meanwhile" if left else "damaged, its checksum differs from the manifest's"
-            raise UserError(f"{path}: {what}")
+            damaged = "damaged, its checksum differs from the manifest's; ./deploy.sh models verify --repair"
+            raise UserError(f"{path}: {'its size changed meanwhile' if left else damaged}")
         self.parts.write(bytes(-size % tarfile.BLOCKSIZE))
         self.parts.flush()
         member = Member(path, size, sha256.hexdigest(), start, self.parts.offset, made_of)

@@ -5,13 +5,16 @@ import platform
 import re
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
 from vllm_unified import __version__
 from vllm_unified.errors import UserError
 from vllm_unified.settings import Model, Settings
+
+if TYPE_CHECKING:
+    from vllm_unified.bundle.making import Made, Plan
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SMALLEST_PART = 10**6
@@ -57,36 +60,30 @@ def bundle(
     \b
     vllm-unified bundle --devices gpu --image knowflow/vllm-unified:latest --output /media/stick --split 4G
     """
-    from rich.filesize import decimal
-
     from vllm_unified.bundle import contents
     from vllm_unified.bundle.images import inspect
-    from vllm_unified.bundle.making import FOLDER, Plan, make
-    from vllm_unified.hub.progress import duration
+    from vllm_unified.bundle.making import Plan, make
 
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", version):
         raise UserError(f'--version "{version}": letters, digits, dots and dashes, as a tag of an image has them')
     part_bytes = _bytes(split) if split else None
+    earlier = contents.read_sums(since) if since else {}
     settings = project.settings()
     chosen = [] if skip_models else _chosen(settings, models)
     if lacking := contents.missing(settings, chosen):
         keys = " ".join(model.key for model in lacking)
         raise UserError(f"no weights of {keys}; fetch them first: ./deploy.sh models download {keys}")
-    found = inspect(image, f"{image.rpartition(':')[0] or image}:{version}") if image else None
-    checkout = Path(__file__).resolve().parents[2]
-    files = {source.place: source for source in contents.program(checkout, native=wheels is not None)}
-    files |= {source.place: source for source in contents.config(settings)}
+    found = inspect(image, f"{re.sub(':[^:/]*$', '', image)}:{version}") if image else None
     weights = contents.models(settings, chosen)
+    others = contents.program(Path(__file__).resolve().parents[2], native=wheels is not None)
+    others += contents.config(settings)
     if wheels:
-        files |= {source.place: source for source in contents.files_below(wheels, "wheels")}
+        others += contents.files_below(wheels, "wheels")
         weights += contents.files_below(settings.home / "models" / "demo", "models/demo")
-    machine = platform.machine()
     about = {
         "BUNDLE_VERSION": version,
         "BUNDLE_RUNTIME": "native" if wheels else "docker",
-        "BUNDLE_ARCHITECTURE": found.architecture
-        if found
-        else ARCHITECTURES.get(platform.machine(), platform.machine()),
+        "BUNDLE_ARCHITECTURE": found.architecture if found else _architecture(),
         "BUNDLE_DEVICES": devices,
         "BUNDLE_MODEL_BYTES": str(sum(source.size for source in weights)),
         "BUNDLE_IMAGE": found.name if found else "",
@@ -94,18 +91,25 @@ def bundle(
         "BUNDLE_IMAGE_BYTES": str(found.size if found else 0),
         "BUNDLE_PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}" if wheels else "",
     }
-    sources = list((files | {source.place: source for source in weights}).values())
-    earlier = contents.read_sums(since) if since else {}
+    # The last of those with one place: this deployment's configuration is in that of the shipped one.
+    sources = list({source.place: source for source in (*others, *weights)}.values())
     plan = Plan(output.resolve(), version, about, sources, found, earlier, part_bytes, jobs)
-    made = make(plan, not no_verify, click.echo)
-    for path in made.parts:
-        click.echo(f"{path}  {decimal(path.stat().st_size)}")
-    size = sum(path.stat().st_size for path in made.parts)
-    click.echo(f"{decimal(size)} in {duration(made.seconds)}; their checksums: {plan.name}.sha256")
-    joined = f"{plan.name}.tar" if part_bytes is None else f"{plan.name}.tar.*"
-    command = f"tar xf {joined}" if part_bytes is None else f"cat {joined} | tar x"
-    click.echo(f"There: {command} && cd {FOLDER} && ./install.sh")
-    click.echo(f"For an increment on it later: --since {made.sums.name}")
+    _report(plan, make(plan, not no_verify, click.echo))
+
+
+def _report(plan: "Plan", made: "Made") -> None:
+    from rich.filesize import decimal
+
+    from vllm_unified.bundle.making import FOLDER
+    from vllm_unified.hub.progress import duration
+
+    sizes = {path: path.stat().st_size for path in made.parts}
+    for path, size in sizes.items():
+        click.echo(f"{path}  {decimal(size)}")
+    click.echo(f"{decimal(sum(sizes.values()))} in {duration(made.seconds)}; their checksums: {plan.name}.sha256")
+    unpack = f"tar xf {plan.name}.tar" if plan.part_bytes is None else f"cat {plan.name}.tar.* | tar x"
+    click.echo(f"There: {unpack} && cd {FOLDER} && ./install.sh")
+    click.echo(f"For an increment on it later: --since {made.sums}")
 
 
 @click.command(hidden=True)
@@ -114,6 +118,11 @@ def requirements() -> None:
     from vllm_unified.bundle.wheels import requirements as installed
 
     click.echo("\n".join(installed()))
+
+
+def _architecture() -> str:
+    """Of this machine."""
+    return ARCHITECTURES.get(platform.machine(), platform.machine())
 
 
 def _chosen(settings: Settings, models: str | None) -> list[Model]:

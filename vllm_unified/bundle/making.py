@@ -72,14 +72,14 @@ class Made:
 def make(plan: Plan, verify: bool, say: Callable[[str], None]) -> Made:
     """Raises UserError. What is made when it is broken off stays, and the next run goes on there."""
     began = time.monotonic()
-    plan.output.mkdir(parents=True, exist_ok=True)
     place = plan.output / f"{plan.name}.tar"
+    _need_room(plan, place)
+    plan.output.mkdir(parents=True, exist_ok=True)
     archive = Archive(place, FOLDER, plan.part_bytes, plan.inputs())
     if archive.members:
         say(f"goes on with {place.name}: {len(archive.members)} files are in it already")
-    _need_room(plan, archive)
     try:
-        carried = _fill(plan, archive)
+        carried = _fill(plan, archive, say)
         members = list(archive.members.values())
         parts = archive.finish()
         if verify:
@@ -95,10 +95,12 @@ def make(plan: Plan, verify: bool, say: Callable[[str], None]) -> Made:
     return Made(parts, sums, time.monotonic() - began)
 
 
-def _need_room(plan: Plan, archive: Archive) -> None:
+def _need_room(plan: Plan, place: Path) -> None:
     packed = LARGEST_SHARE * plan.image.size if plan.image else 0
-    needed = int(plan.bytes + packed) - archive.parts.offset
-    free = shutil.disk_usage(plan.output).free
+    there = [place, *place.parent.glob(f"{place.name}.*")]
+    needed = int(plan.bytes + packed) - sum(part.stat().st_size for part in there if part.exists())
+    disk = next(folder for folder in (plan.output, *plan.output.parents) if folder.exists())
+    free = shutil.disk_usage(disk).free
     if needed > free:
         raise UserError(
             f"{plan.output}: needs about {decimal(needed)}, {decimal(free)} are free; make room, or name another "
@@ -106,7 +108,7 @@ def _need_room(plan: Plan, archive: Archive) -> None:
         )
 
 
-def _fill(plan: Plan, archive: Archive) -> dict[str, str]:
+def _fill(plan: Plan, archive: Archive, say: Callable[[str], None]) -> dict[str, str]:
     """Path and sum of every file that the bundle has, and those of the earlier one that it builds on."""
     known = {path: sha256 for path, sha256 in plan.since.items() if path.startswith(LARGE)}
     files = [Progress(File(source.place, source.size)) for source in plan.sources]
@@ -125,6 +127,7 @@ def _fill(plan: Plan, archive: Archive) -> dict[str, str]:
             tick()
 
         if plan.image:
+            say("Docker gathers the image first; that takes a while")
             image.started = True
             Layout(archive, plan.jobs, took, is_there).save(plan.image)
             image.done = image.file.size
