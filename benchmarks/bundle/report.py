@@ -50,7 +50,7 @@ def speed(figures: Figures, way: str, other: str) -> float:
 
 
 def _seconds(took: Figures) -> float:
-    return sum(took["stages"].values())
+    return float(sum(took["stages"].values()))
 
 
 def tables(measured: Mapping[str, Figures]) -> str:
