@@ -15,6 +15,15 @@ COPY vllm_unified vllm_unified
 RUN --mount=type=secret,id=pip.conf,target=/build/pip.conf --mount=type=secret,id=ca,target=/build/ca \
     scripts/install_into_image wheel
 
+FROM $BASE_IMAGE AS demo
+USER root
+WORKDIR /build
+COPY scripts/install_into_image scripts/make_demo_models.py scripts/versions.env scripts/
+COPY demo/chat demo/chat
+COPY demo/ocr demo/ocr
+RUN --mount=type=secret,id=pip.conf,target=/build/pip.conf --mount=type=secret,id=ca,target=/build/ca \
+    scripts/install_into_image demo
+
 FROM $BASE_IMAGE
 USER root
 RUN --mount=type=tmpfs,target=/tmp \
@@ -23,6 +32,10 @@ RUN --mount=type=tmpfs,target=/tmp \
     --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
     --mount=type=secret,id=pip.conf,target=/build/pip.conf --mount=type=secret,id=ca,target=/build/ca \
     /build/install_into_image dependencies
+RUN --mount=type=tmpfs,target=/tmp \
+    --mount=type=bind,source=scripts/install_into_image,target=/build/install_into_image \
+    --mount=type=bind,from=demo,source=/build/models,target=/build/models \
+    /build/install_into_image demo_models
 RUN --mount=type=tmpfs,target=/tmp \
     --mount=type=bind,source=scripts,target=/build/scripts \
     --mount=type=bind,source=config,target=/build/config \
@@ -35,6 +48,8 @@ ENV HOME=/app USER=vllm-unified VLLM_UNIFIED_HOME=/app VLLM_ROUTER_HOST=0.0.0.0 
 WORKDIR /app
 
 ARG DOWNLOAD_MODELS=false
+ARG HF_ENDPOINT=
+ARG MODELSCOPE_ENDPOINT=
 RUN --mount=type=tmpfs,target=/tmp \
     --mount=type=bind,source=scripts/install_into_image,target=/build/install_into_image \
     --mount=type=secret,id=ca,target=/build/ca,mode=0444 --mount=type=secret,id=hf_token,target=/build/hf_token \

@@ -17,7 +17,8 @@ usage: ./build.sh [options]
   --registry HOST    put before the name, as registry.example.com:5000
   --push             push it, when it is built and verified
   --cpu              on vLLM's CPU image, for machines without an NVIDIA GPU
-  --with-models      with the weights of config/models.json in the image; HF_TOKEN is read for gated ones
+  --with-models      with the weights of config/models.json in the image; HF_TOKEN is read for gated ones, HF_ENDPOINT and
+                     MODELSCOPE_ENDPOINT for mirrors
   --skip-models      without weights, which then come from a volume (the default)
   --no-cache         build every layer anew
   --quiet            print errors, and at the end the image's name alone
@@ -99,6 +100,10 @@ build() {
   [[ -z $QUIET ]] || { OPTIONS+=(--quiet) output=/dev/null; }
   lend pip.conf "${PIP_CONFIG_FILE:-}" ~/.config/pip/pip.conf /etc/pip.conf
   lend ca "${PIP_CERT:-}" "${SSL_CERT_FILE:-}"
+  local mirror
+  for mirror in HF_ENDPOINT MODELSCOPE_ENDPOINT; do
+    [[ -z ${!mirror:-} ]] || OPTIONS+=(--build-arg "$mirror=${!mirror}")
+  done
   [[ -z ${HF_TOKEN:-} ]] || OPTIONS+=(--secret "id=hf_token,env=HF_TOKEN")
   DOCKER_BUILDKIT=1 docker build "${OPTIONS[@]}" --tag "$IMAGE" \
     --build-arg "BASE_IMAGE=$BASE" --build-arg "DOWNLOAD_MODELS=$MODELS" \

@@ -40,6 +40,11 @@ usage: ./deploy.sh VERB [options]
   models download|verify|list|import|remove
                                   the weights: fetched, compared with the hub's checksums, brought on a stick, removed;
                                   ./deploy.sh models --help says more
+  keys create|list|revoke         API keys beside the deployment's own, with models and limits; ./deploy.sh keys --help
+                                  says more
+  backup [FILE] [--with-models]   configuration, .env, keys, jobs and usage in one file, which has to be kept secret; with
+                                  the weights on request
+  restore FILE [--force]          all of that from FILE, in place of what is here; asks first
   update [--timeout S]            Docker: take the image that was built or loaded since; back to the old one when
                                   the new one does not become ready
   clean [--force]                 stop, and remove .venv, run/ and models/demo, or in Docker the container, its images
@@ -60,7 +65,8 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | reload | status | logs | health | selftest | check | plan | models | update | clean)
+    start | stop | restart | reload | status | logs | health | selftest | check | plan | models | keys | backup | restore | \
+      update | clean)
       find_runtime
       "verb_$verb" "$@"
       ;;
@@ -110,6 +116,7 @@ verb_start() {
     LAUNCHED=yes
     start_in_docker
   else
+    say "Natively, in $VENV"
     start_natively "$config"
   fi
   unlock
@@ -165,13 +172,13 @@ verb_restart() {
 }
 
 verb_reload() {
-  installed
+  must_answer
   lock
   cli reload "$@"
 }
 
 verb_status() {
-  installed
+  must_answer
   cli status "$@"
 }
 
@@ -206,36 +213,110 @@ verb_logs() {
 
 verb_health() {
   (($# == 0)) || wrong_usage "$1"
-  installed
+  must_answer
   cli health
 }
 
 verb_selftest() {
-  installed
+  must_answer
   cli selftest "$@"
 }
 
 verb_check() {
   (($# == 0)) || wrong_usage "$1"
-  [[ $RUNTIME == docker ]] || install_package
-  cli check --machine
+  find_place
+  anywhere check --machine
 }
 
-verb_plan() { cli_where_called plan "$@"; }
+verb_plan() {
+  find_place
+  if [[ $RUNTIME == docker && " $* " == *" --devices "* ]]; then plan_in_docker "$@"; else anywhere plan "$@"; fi
+}
 
-# Natively the folder with weights is below the project; in Docker it is the container's.
 verb_models() {
-  if [[ -z $CONTAINER ]] && ! is_running; then choose_runtime '' >&2; fi
-  if [[ $RUNTIME == docker ]]; then in_new_container models "$@"; else cli_where_called models "$@"; fi
+  find_place
+  if [[ $RUNTIME == docker && ${1:-} == import ]]; then import_in_docker "${@:2}"; else anywhere models "$@"; fi
 }
 
-# For commands that take paths.
-cli_where_called() {
-  local home config=()
-  home=$(home)
-  is_running && config=(--config "$(running_config)")
+verb_keys() {
+  find_place
+  if [[ $RUNTIME == docker && ${1:-} =~ ^(create|revoke)$ ]]; then change_keys_in_docker "$@"; else anywhere keys "$@"; fi
+}
+
+verb_backup() {
+  local file='' options=()
+  while (($#)); do
+    case $1 in
+      --with-models) options+=("$1") ;;
+      -*) wrong_usage "$1" ;;
+      *)
+        [[ -z $file ]] || wrong_usage "$1"
+        file=$1
+        ;;
+    esac
+    shift
+  done
+  find_place
+  file=$(cd "$CALLED_FROM" && realpath -- "${file:-vllm-unified-backup-$(date -u +%Y%m%d-%H%M%S).tar}")
+  [[ ! -e $file ]] || die "$file is there already; name another file"
+  UNFINISHED=$file.part
+  trap 'rm -f -- "$UNFINISHED"' EXIT
+  (umask 077 && in_project backup "${options[@]}" >"$UNFINISHED" </dev/null)
+  mv -- "$UNFINISHED" "$file"
+  say "$file: $(du -h --apparent-size -- "$file" | cut -f 1); it has the API key in it, keep it secret"
+}
+
+verb_restore() {
+  local file='' force=''
+  while (($#)); do
+    case $1 in
+      --force) force=yes ;;
+      -*) wrong_usage "$1" ;;
+      *)
+        [[ -z $file ]] || wrong_usage "$1"
+        file=$1
+        ;;
+    esac
+    shift
+  done
+  [[ -n $file ]] || die "restore wants the file that ./deploy.sh backup made"
+  file=$(cd "$CALLED_FROM" && realpath -- "$file")
+  [[ -f $file && -r $file ]] || die "$file: no file that can be read"
+  if is_running || [[ -n $CONTAINER ]]; then die "it runs here; ./deploy.sh stop ends it first"; fi
+  if [[ -z $force ]]; then
+    say "replaces what is in $(home): configuration, .env, keys, jobs and usage, and the models that $file has"
+    confirm restores
+  fi
+  lock
+  find_place
+  in_project restore <"$file"
+}
+
+# The program where config/ and .env can be written too.
+in_project() {
   if [[ $RUNTIME == docker ]]; then
+    local RUN_OPTIONS=(--no-TTY "${AS_ROOT[@]}" --volume "$(home):/host")
+    in_new_container "$@" --project /host
+  else
+    install_package >&2
+    cli "$@"
+  fi
+}
+
+# Where nothing runs, where it would. CONFIG: of what runs.
+find_place() {
+  if is_running; then CONFIG=$(running_config); else choose_runtime ''; fi
+}
+
+# For commands that need nothing to run, and take paths.
+anywhere() {
+  local home config=()
+  [[ -z ${CONFIG:-} ]] || config=(--config "$CONFIG")
+  home=$(home)
+  if [[ $RUNTIME == docker && -n ${CONFIG:-} ]]; then
     cli "${config[@]}" "$@"
+  elif [[ $RUNTIME == docker ]]; then
+    in_new_container "$@"
   else
     install_package >&2
     (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" "$@")
@@ -262,10 +343,7 @@ verb_clean() {
   say "removes: ${targets[*]} ${things[*]}"
   say "keeps:   configuration, .env, all other models${things:+; the volumes with jobs and models}"
   if [[ ${1:-} != --force ]]; then
-    [[ -t 0 ]] || die "asks before it removes; say --force where nobody can answer"
-    local answer
-    read -r -p "Go on? [y/N] " answer
-    [[ $answer == [yY]* ]] || die "nothing was removed"
+    confirm removes
   fi
   lock
   if [[ $RUNTIME == docker ]] || is_running; then stop_all; fi
@@ -290,7 +368,6 @@ choose_runtime() { # native, docker, or nothing: as it comes
   elif docker_answers && has_image "$(image)"; then
     RUNTIME=docker
   fi
-  [[ $RUNTIME == docker ]] || say "Natively, in $VENV"
 }
 
 # Where the deployment is.
@@ -460,7 +537,16 @@ lock() {
 }
 unlock() { exec 9<&-; }
 
-installed() { [[ $RUNTIME == docker || -x $VENV/bin/vllm-unified ]] || die "not installed yet; ./deploy.sh start does it"; }
+# For what the program says of itself; one that is installed and not running says more.
+must_answer() {
+  if [[ $RUNTIME == docker ]]; then
+    [[ $(container_state) == running ]] && return
+  elif [[ -x $VENV/bin/vllm-unified ]]; then
+    return
+  fi
+  say "not running; start it with ./deploy.sh start" >&2
+  exit 3
+}
 known_model() { supervisorctl status "engines:$1" >/dev/null || (($? == 3)) || die "no model \"$1\" runs here; see ./deploy.sh status"; }
 must_be_enabled() { # MODEL
   local keys
@@ -468,6 +554,12 @@ must_be_enabled() { # MODEL
   [[ $'\n'$keys$'\n' == *$'\n'"$1"$'\n'* ]] || die "\"$1\" is not enabled; enable it in the configuration, and ./deploy.sh reload"
 }
 log_names() { inside find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
+confirm() { # removes, restores: what it does
+  [[ -t 0 ]] || die "asks before it $1; say --force where nobody can answer"
+  local answer
+  read -r -p "Go on? [y/N] " answer
+  [[ $answer == [yY]* ]] || die "nothing was ${1%s}d"
+}
 wrong_usage() {
   printf 'deploy.sh: what is "%s"?\n\n' "$1" >&2
   usage >&2

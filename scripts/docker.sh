@@ -8,6 +8,7 @@ readonly STARTING_SECONDS=60 # until supervisord of a new container answers
 compose() {
   local files=(--file "$PWD/docker-compose.yml")
   has_nvidia_gpu || files+=(--file "$PWD/docker-compose.cpu.yml")
+  ! is_demo "${CONFIG:-}" || files+=(--file "$PWD/docker-compose.demo.yml")
   VLLM_UNIFIED_CONFIG=${CONFIG:-config/models.json} docker compose --project-directory "$(home)" "${files[@]}" "$@"
 }
 
@@ -16,11 +17,12 @@ project() { compose config --format json | sed -n 's/^  "name": "\(.*\)",$/\1/p'
 has_image() { docker image inspect "$1" >/dev/null 2>&1; } # IMAGE
 docker_answers() { command -v docker >/dev/null && timeout 10 docker info >/dev/null 2>&1; }
 
-# This project's own, whatever its state is, and none of another folder.
+# This project's own, whatever its state is, and none of another folder, nor one that a command has for itself.
 container() {
   command -v docker >/dev/null || return 0
   timeout 10 docker ps --all --quiet --filter "label=com.docker.compose.project.working_dir=$(home)" \
-    --filter label=com.docker.compose.service=vllm-unified 2>/dev/null | head -n 1 || true
+    --filter label=com.docker.compose.service=vllm-unified --filter label=com.docker.compose.oneoff=False 2>/dev/null |
+    head -n 1 || true
 }
 container_state() { docker container inspect --format '{{.State.Status}}' "$CONTAINER" 2>/dev/null || say none; }
 
@@ -52,7 +54,7 @@ start_in_docker() {
   docker_pre_flight
   say "In Docker, of the image $(image)"
   say "Pre-flight. Nothing is started yet."
-  if ! { in_new_container check --machine --before fetching && in_new_container models download; }; then
+  if ! { in_new_container check --machine --before fetching && { is_demo "$CONFIG" || in_new_container models download; }; }; then
     compose down >/dev/null 2>&1 || true
     exit 1
   fi
@@ -104,8 +106,55 @@ update_in_docker() { # TIMEOUT
   die "the new image did not become ready; the old one runs again, the new one is ${image%:*}:failed"
 }
 
-# One that is gone when the command has ended, with the same volumes.
-in_new_container() { compose --progress quiet run --rm --no-deps --env VLLM_UNIFIED_OFFLINE vllm-unified vllm-unified "$@"; }
+# One that is gone when the command has ended, with the same volumes. RUN_OPTIONS: further ones of `docker compose run`.
+RUN_OPTIONS=()
+in_new_container() {
+  compose --progress quiet run --rm --no-deps --env VLLM_UNIFIED_OFFLINE "${RUN_OPTIONS[@]}" vllm-unified vllm-unified "$@"
+}
+# Root there, to write what is whose ever on the host; of root's rights with these alone.
+readonly AS_ROOT=(--user 0:0 --cap-add CHOWN --cap-add DAC_OVERRIDE --cap-add FOWNER)
+
+# What is named is on the host, from where deploy.sh was called: the container reads it below /host.
+import_in_docker() {
+  local word folder='' words=() RUN_OPTIONS=()
+  for word in "$@"; do
+    if [[ $word == --move ]]; then
+      die "--move is for a native deployment: in Docker the folder is only read; leave it out"
+    elif [[ $word != -* && -z $folder ]]; then
+      folder=$(path_on_host "$word") || exit
+      word=/host$folder
+      lend "${folder%/snapshots/*}" # of Hugging Face's cache, which leads to files beside it
+    fi
+    words+=("$word")
+  done
+  in_new_container models import "${words[@]}"
+}
+plan_in_docker() {
+  local words=("$@") file at RUN_OPTIONS=()
+  for ((at = 1; at < $#; at++)); do
+    [[ ${words[at - 1]} == --devices ]] || continue
+    file=$(path_on_host "${words[at]}") || exit
+    words[at]=/host$file
+    lend "$file"
+  done
+  in_new_container plan "${words[@]}"
+}
+path_on_host() { (cd "$CALLED_FROM" && realpath -e -- "$1" 2>/dev/null) || die "$1: not there"; }
+lend() { RUN_OPTIONS+=(--volume "$1:/host$1:ro"); } # PATH
+
+# The running container only reads config/. The file stays with whoever has the folder, and every user of the image is in
+# group 0, which may read it.
+change_keys_in_docker() {
+  local RUN_OPTIONS=("${AS_ROOT[@]}" --volume "$(home):/host" --workdir /host --env VLLM_UNIFIED_HOME=/host)
+  (umask 077 && mkdir -p "$(home)/run")
+  # shellcheck disable=SC2016 # is for the shell in the container
+  compose --progress quiet run --rm --no-deps "${RUN_OPTIONS[@]}" vllm-unified bash -c '
+    set -e
+    file=config/keys.yaml
+    [[ -e $file ]] || { install --mode 600 /dev/null "$file" && chown --reference config "$file"; }
+    chgrp 0 "$file" && chmod g+r "$file"
+    exec vllm-unified keys "$@"' keys "$@"
+}
 
 # What carries our label: never another container, image or volume of the machine.
 labelled() { # KIND: the names of this project's own

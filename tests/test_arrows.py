@@ -24,13 +24,14 @@ ALLOWED: dict[str, set[str]] = {
     "documents": BASE | {"settings"},
     "hub": {"errors", "state", "settings"},
     "bundle": {"errors", "settings", "hub"},
+    "backup": {"errors", "hub"},
     "machine": BASE | {"settings", "engines", "hub"},
     "console": BASE | {"settings", "engines", "supervision"},
     "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},
     "cli": BASE
     | {"settings", "engines", "supervision", "router", "documents", "hub", "bundle", "machine", "console", "operations"}
-    | {"selftest"},
+    | {"selftest", "backup"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -508,6 +508,34 @@ for command in (bundle, requirements):
     cli.add_command(command)
 
 
+project_option = click.option(
+    "--project", "project_folder", type=click.Path(path_type=Path), hidden=True, help="Where config/ and .env are."
+)
+
+
+@cli.command()
+@click.option("--with-models", is_flag=True, help="With the weights.")
+@project_option
+@click.pass_obj
+def backup(project: Project, with_models: bool, project_folder: Path | None) -> None:
+    """Write configuration, .env, keys, jobs and usage to standard output. ./deploy.sh backup puts that into a file."""
+    from vllm_unified.backup import Places, write
+
+    if sys.stdout.isatty():
+        raise UserError("a backup is no text: ./deploy.sh backup FILE puts it into a file")
+    write(Places(project_folder or project.home, project.home), sys.stdout.buffer, with_models=with_models)
+
+
+@cli.command()
+@project_option
+@click.pass_obj
+def restore(project: Project, project_folder: Path | None) -> None:
+    """Put a backup, from standard input, into its place. ./deploy.sh restore FILE does so, and asks before."""
+    from vllm_unified import backup as archive
+
+    click.echo(archive.restore(archive.Places(project_folder or project.home, project.home), sys.stdin.buffer))
+
+
 def _require_models(settings: Settings, names: Sequence[str]) -> None:
     known = {each for model in settings.models for each in (model.key, *model.names)}
     for name in names:

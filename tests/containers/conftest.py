@@ -90,65 +90,111 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{seconds:6.1f} s  {what}")
 
 
+# All of the project that a machine with Docker alone needs.
+ON_THE_HOST = (
+    "deploy.sh",
+    "docker-compose.yml",
+    "docker-compose.cpu.yml",
+    "docker-compose.demo.yml",
+    "scripts/lib.sh",
+    "scripts/docker.sh",
+    "scripts/versions.env",
+    "config",
+)
+
+
 @dataclass
-class Deployment:
-    """`home`: with config/ and .env, where compose is called."""
+class Host:
+    """A machine with Docker alone: `home` has deploy.sh and what it reads, and no Python environment."""
 
     home: Path
+    name: str
     ports: dict[str, int]
 
-    def compose(self, *arguments: str) -> str:
-        files = (
-            CHECKOUT / "docker-compose.yml",
-            CHECKOUT / "docker-compose.cpu.yml",
-            CHECKOUT / "tests/containers/compose.yml",
-        )
-        named = [word for file in files for word in ("--file", str(file))]
-        command: list[str | Path] = ["docker", "compose", "--project-directory", self.home, *named, *arguments]
-        done = run(*command, env={**os.environ, "VLLM_UNIFIED_CONFIG": "config/models.demo.json"})
-        assert done.returncode == 0, f"{arguments}: {done.stderr}"
+    @classmethod
+    def made(cls, home: Path, name: str, image: str, models: Path, **variables: str) -> "Host":
+        for path in ON_THE_HOST:
+            copy = shutil.copytree if (CHECKOUT / path).is_dir() else shutil.copy
+            (home / path).parent.mkdir(exist_ok=True)
+            copy(CHECKOUT / path, home / path)
+        host = cls(home, name, {port: free_port() for port in ("router", *KEYS)})
+        all_variables = {
+            "VLLM_UNIFIED_NAME": name,
+            "VLLM_UNIFIED_IMAGE": image,
+            "VLLM_UNIFIED_MODELS": str(models),
+            **{f"VLLM_{port.upper()}_PORT": str(number) for port, number in host.ports.items()},
+            **variables,
+        }
+        (home / ".env").write_text("".join(f"{name}={value}\n" for name, value in all_variables.items()))
+        return host
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return run(self.home / "deploy.sh", *arguments, cwd=self.home.parent, stdin=subprocess.DEVNULL)
+
+    def done(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def up(self) -> None:
-        self.compose("up", "--detach", "--wait", "--wait-timeout", "600")
+    def refused(self, *arguments: str) -> str:
+        """What it says."""
+        done = self.run(*arguments)
+        assert done.returncode == 1, f"{arguments}: {done.stdout}\n{done.stderr}"
+        return done.stderr
 
     def inside(self, *command: str) -> str:
-        return docker("exec", NAME, *command)
+        return docker("exec", self.name, *command)
 
     def status(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(self.inside("vllm-unified", "status", "--json"))
+        document: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
         return document
+
+    def states(self) -> dict[str, str]:
+        return {key: each["state"] for key, each in self.status()["models"].items()}
 
     def api_key(self) -> str:
         return self.inside("sed", "-n", "s/^VLLM_API_KEY=//p", "data/.env").strip()
 
-    def url(self, name: str) -> str:
+    def url(self, name: str = "router") -> str:
         return f"http://127.0.0.1:{self.ports[name]}"
 
-    def openai(self, name: str = "router") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url(name)}/v1", api_key=self.api_key(), max_retries=0)
+    def openai(self, name: str = "router", key: str | None = None) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url(name)}/v1", api_key=key or self.api_key(), max_retries=0)
 
     def client(self) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.api_key()}"}
-        return httpx.Client(base_url=self.url("router"), headers=headers, timeout=120)
+        return httpx.Client(base_url=self.url(), headers=headers, timeout=120)
+
+    def clear(self) -> None:
+        """After a test; the end of what it printed goes into the report."""
+        print(run("docker", "logs", self.name).stdout[-20_000:])
+        run("docker", "rm", "--force", self.name)
+        self.run("stop")
+        run("docker", "volume", "rm", f"{self.name}_vllm_data", f"{self.name}_vllm_cache")
 
 
-@pytest.fixture(scope="session")
-def deployment(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    home = tmp_path_factory.mktemp("compose")
-    shutil.copytree(CHECKOUT / "config", home / "config")
-    deployment = Deployment(home, {name: free_port() for name in ("router", *KEYS)})
-    variables = {
-        "VLLM_UNIFIED_IMAGE": built.image,
-        "VLLM_UNIFIED_MODELS": str(CHECKOUT / "models"),
-        **{f"VLLM_{name.upper()}_PORT": str(port) for name, port in deployment.ports.items()},
-    }
-    (home / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-    deployment.compose("down", "--volumes")
+@dataclass
+class Demo(Host):
+    """The demonstration, running. `printed`: by start."""
+
+    printed: str = ""
+
+    def compose(self, *arguments: str) -> str:
+        files = [self.home / f"docker-compose{name}.yml" for name in ("", ".cpu", ".demo")]
+        named = [word for file in files for word in ("--file", str(file))]
+        return docker("compose", "--project-directory", self.home, *named, *arguments)
+
+
+@pytest.fixture(scope="module")
+def demo(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    home = tmp_path_factory.mktemp("demo")
+    nothing = home / "nothing"
+    nothing.mkdir(mode=0o555)
+    demo = Demo.made(home, NAME, built.image, nothing)
+    assert isinstance(demo, Demo)
     try:
-        with timed("docker compose up --wait, four engines on an empty cache"):
-            deployment.up()
-        yield deployment
+        with timed("./deploy.sh start --demo, four engines on an empty cache"):
+            demo.printed = demo.done("start", "--demo", "--offline")
+        yield demo
     finally:
-        print(run("docker", "logs", NAME).stdout[-20_000:])
-        deployment.compose("down", "--volumes")
+        demo.clear()

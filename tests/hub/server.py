@@ -48,6 +48,7 @@ class Hub:
     `faults`: of a file's bytes, by its path; of a list, by "huggingface" or "modelscope".
     """
 
+    address: str = "127.0.0.1"
     port: int = 0
     files: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     listed: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class Hub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def put(self, repo: str, files: dict[str, bytes], revision: str = COMMIT) -> None:
         self.files.setdefault(repo, {})[revision] = files
@@ -82,13 +83,13 @@ class Hub:
 
 
 @contextlib.contextmanager
-def hub() -> Iterator[Hub]:
-    served = Hub()
+def hub(address: str = "127.0.0.1") -> Iterator[Hub]:
+    served = Hub(address)
 
     class Handler(_Handler):
         hub = served
 
-    server = _Server(("127.0.0.1", 0), Handler)
+    server = _Server((address, 0), Handler)
     served.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
