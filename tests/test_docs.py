@@ -52,6 +52,15 @@ def test_both_readmes_show_the_same_commands() -> None:
     assert commands == [re.sub(r"\s+#.*", "", line) for line in code_of(CHINESE)]
 
 
+@pytest.mark.parametrize("name", ["docs/offline", "scripts/offline/README"])
+def test_both_languages_of_the_offline_documents_show_the_same(name: str) -> None:
+    english, chinese = ((CHECKOUT / f"{name}{suffix}").read_text(encoding="utf-8") for suffix in (".md", ".zh.md"))
+    assert [re.sub(r"\s+#.*", "", line) for line in code_of(english)] == [
+        re.sub(r"\s+#.*", "", line) for line in code_of(chinese)
+    ]
+    assert len(re.findall(r"^\|", english, re.MULTILINE)) == len(re.findall(r"^\|", chinese, re.MULTILINE))
+
+
 def code_of(text: str) -> list[str]:
     blocks = re.findall(r"```(?:bash|console|python)\n(.*?)```", text, re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]

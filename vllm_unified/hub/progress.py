@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import Progress as Bars
 from vllm_unified.hub.sums import Progress
 
 SECONDS_BETWEEN_LINES = 5.0
+LINES_OF_SPEED = 6
 
 
 @contextlib.contextmanager
@@ -45,16 +47,18 @@ def _bars(console: Console, what: str, files: Sequence[Progress]) -> Iterator[Ca
 
 @contextlib.contextmanager
 def _lines(console: Console, what: str, files: Sequence[Progress]) -> Iterator[Callable[[], None]]:
-    began, before = time.monotonic(), _done(files)
-    last = began
+    # Times and bytes of the latest lines, from the first byte on: what came before it says nothing of the speed.
+    looks: deque[tuple[float, int]] = deque(maxlen=LINES_OF_SPEED)
 
     def tick() -> None:
-        nonlocal last
         now = time.monotonic()
-        if now - last < SECONDS_BETWEEN_LINES:
+        if not looks:
+            looks.append((now, _done(files)))
+        if now - looks[-1][0] < SECONDS_BETWEEN_LINES:
             return
-        last = now
         done, size = _done(files), _size(files)
+        began, before = looks[0]
+        looks.append((now, done))
         speed = max(0.0, done - before) / (now - began)
         left = f"{duration((size - done) / speed)} left" if speed else "nothing comes"
         console.print(
