@@ -391,7 +391,9 @@ run_folder() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/run"; else s
 # The examples run on the host, where a file in the container has another name.
 welcome() {
   if [[ $RUNTIME == docker ]]; then
-    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $(docker container inspect --format '{{slice .Name 1}}' "$CONTAINER") &|"
+    local name
+    name=$(docker container inspect --format '{{slice .Name 1}}' "$CONTAINER")
+    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $name &|; s|(in $IN_CONTAINER/.env)|(docker exec $name cat data/.env)|"
   else
     cli welcome
   fi

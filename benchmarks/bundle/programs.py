@@ -98,7 +98,8 @@ def empty_engine(folder: Path) -> Iterator[str]:
     folder.mkdir()
     host = f"unix://{folder / 'docker.sock'}"
     places = ("--data-root", folder / "data", "--exec-root", folder / "exec", "--pidfile", folder / "pid", "-H", host)
-    command = ["dockerd", *map(str, places), "--bridge=none", "--iptables=false", "--ip-forward=false"]
+    # In a network of its own: without a bridge it would remove that of the machine's engine.
+    command = ["unshare", "--net", "dockerd", *map(str, places), "--bridge=none", "--iptables=false"]
     try:
         with serving(command, {}, folder / "log", lambda: _engine_answers(host)):
             yield host

@@ -124,7 +124,7 @@ bundle_problems() {
     if [[ -e $ROOT/$path ]]; then continue; fi
     ((++lacking > 1)) || first=$path
   done < <(paths_in "$ROOT/SHA256SUMS")
-  if ((lacking)); then say "$lacking files of the bundle are missing, as $first; unpack it again, all parts of it"; fi
+  if ((lacking)); then say "$lacking of the bundle's files missing, as $first; unpack it again, all parts of it"; fi
   while IFS= read -r path; do
     if [[ $path == images/* || -e $ROOT/$path || ($path == models/* && -e $TO/$path) ]]; then continue; fi
     say "$path: neither here nor in $TO; this is an increment: unpack the bundle that it builds on into the same folder first"
@@ -250,7 +250,11 @@ install() {
   lock_folder
   umask 022 # the container's user reads the configuration and the weights
   mkdir -p "$TO/releases" "$TO/models"
-  if [[ $BUNDLE_RUNTIME == docker ]]; then load_images; fi
+  if [[ $BUNDLE_RUNTIME == docker ]]; then
+    # The container's user takes in models that are brought later.
+    if ((EUID == 0)); then chown 1000:0 "$TO/models"; fi
+    load_images
+  fi
   install_release
   stage_models
   if [[ ! -e $TO/config ]]; then

@@ -94,7 +94,7 @@ def test_everything_that_is_wrong_is_said_before_anything_is_changed(unpack: Unp
     done = run(bundle / "install.sh", "--to", str(there), PATH=path_without("docker", tmp_path / "bin"))
     assert done.returncode == 1
     assert "holds something else" in done.stderr
-    assert "1 files of the bundle are missing, as models/rank/config.json" in done.stderr
+    assert "1 of the bundle's files missing, as models/rank/config.json" in done.stderr
     assert "docker is not installed" in done.stderr
     assert [path.name for path in there.iterdir()] == ["of another"]
 

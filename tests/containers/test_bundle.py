@@ -106,7 +106,7 @@ def test_a_flipped_byte_or_a_missing_part_changes_nothing(gap: Airgap, bundle: P
     missing = gap.run(bundle / "install.sh", "--to", site)
     away.rename(blob)
     assert f"images/blobs/sha256/{blob.name}: damaged" in damaged.stderr
-    assert f"1 files of the bundle are missing, as images/blobs/sha256/{blob.name}" in missing.stderr
+    assert f"1 of the bundle's files missing, as images/blobs/sha256/{blob.name}" in missing.stderr
     assert (damaged.returncode, missing.returncode) == (1, 1)
     assert (site.exists(), images(gap)) == (False, [])
 
