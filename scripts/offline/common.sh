@@ -64,11 +64,11 @@ wrong_files() (
       xargs -0 -r -P "$(nproc)" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
   done
   # shellcheck disable=SC2016 # awk's own
-  cat "$scratch"/[0-9]* 2>/dev/null | awk '
-    NR == FNR { sum[substr($0, 67)] = substr($0, 1, 64); next }
-    { path = substr($0, 67) }
-    !(path in sum) { print "? " path; next }
-    sum[path] != substr($0, 1, 64) { print "! " path }' - "$sums" |
+  { sed 's/^/=/' "$scratch"/[0-9]* 2>/dev/null || true; sed 's/^/:/' "$sums"; } | awk '
+    { path = substr($0, 68); hash = substr($0, 2, 64) }
+    /^=/ { found[path] = hash; next }
+    !(path in found) { print "? " path; next }
+    found[path] != hash { print "! " path }' |
     while read -r state path; do
       if [[ $state == '!' ]]; then
         say "$path: damaged"

@@ -157,6 +157,15 @@ def test_an_increment_on_what_it_builds_on(unpack: Unpack, host: Host) -> None:
     assert host.weights() == NEW
 
 
+def test_an_increment_beside_what_it_builds_on(unpack: Unpack, host: Host) -> None:
+    first = bundle_of(unpack, OLD)
+    host.installed(first)
+    second = increment(unpack, NEW, first)
+    shutil.copytree(second, first, dirs_exist_ok=True)
+    host.installed(first)
+    assert host.weights() == NEW
+
+
 @pytest.mark.parametrize("base", ["other", "none"])
 def test_an_increment_on_something_else(unpack: Unpack, host: Host, base: str) -> None:
     first = bundle_of(unpack, OLD)

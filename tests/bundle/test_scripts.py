@@ -69,6 +69,15 @@ def test_a_check_that_has_no_room_is_no_proof(unpack: Unpack, tmp_path: Path) ->
     assert "is whole" not in done.stdout
 
 
+def test_what_could_not_be_looked_at_is_not_whole(unpack: Unpack, tmp_path: Path) -> None:
+    bundle = unpack(WEIGHTS)
+    path = path_without("openssl", tmp_path / "bin")
+    (tmp_path / "bin/openssl").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin/openssl").chmod(0o755)
+    done = run(bundle / "verify.sh", PATH=path)
+    assert (done.returncode, "models/chat/model.safetensors: can't be read" in done.stderr) == (1, True)
+
+
 def test_half_a_bundle(unpack: Unpack) -> None:
     bundle = unpack(WEIGHTS)
     (bundle / "SHA256SUMS").unlink()
