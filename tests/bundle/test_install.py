@@ -11,6 +11,7 @@ import pytest
 
 from tests.bundle.conftest import Unpack
 from tests.bundle.test_scripts import RELEASE, run
+from tests.conftest import free_port
 from vllm_unified.bundle.contents import read_sums
 
 # Has the image once it was loaded; does not answer while the file `down` is there.
@@ -39,6 +40,12 @@ class Host:
         (self.bin / "docker").write_text(DOCKER)
         (self.bin / "docker").chmod(0o755)
         self.site = folder / "opt" / "vllm unified"
+        self.site.mkdir(parents=True)
+        # Others than those of a deployment that runs on this machine.
+        ports = "".join(
+            f"VLLM_{name}_PORT={free_port()}\n" for name in ("ROUTER", "CHAT", "EMBEDDING", "RERANK", "OCR")
+        )
+        (self.site / ".env").write_text(ports)
         self.path = f"{self.bin}:{os.environ['PATH']}"
 
     def install(self, bundle: Path, *options: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -86,7 +93,7 @@ def test_from_first_to_last(unpack: Unpack, host: Host) -> None:
     assert host.weights() == OLD
     (host.site / "mine").write_text("kept")
     assert host.call("uninstall.sh", "--force").returncode == 0
-    assert {each.name for each in host.site.iterdir()} == {".vllm-unified", "config", "models", "mine", "calls"}
+    assert {each.name for each in host.site.iterdir()} == {".env", ".vllm-unified", "config", "models", "mine", "calls"}
     assert host.weights() == OLD
     # What stayed is taken up, and every way is open again.
     host.installed(first)
@@ -184,7 +191,7 @@ def test_an_increment_on_something_else(unpack: Unpack, host: Host, base: str) -
     if base == "other":
         assert os.readlink(host.site / "current") == "releases/v1"
     else:
-        assert not host.site.exists()
+        assert [path.name for path in host.site.iterdir()] == [".env"]
 
 
 def test_where_docker_is_down_nothing_is_taken_for_stopped(unpack: Unpack, host: Host) -> None:
@@ -202,8 +209,8 @@ def test_ports_can_be_named_before(unpack: Unpack, host: Host) -> None:
     bundle = bundle_of(unpack, {})
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        host.site.mkdir(parents=True)
-        (host.site / ".env").write_text(f"VLLM_OCR_PORT={port}\n")
+        with (host.site / ".env").open("a") as file:
+            file.write(f"VLLM_OCR_PORT={port}\n")
         taken = host.install(bundle)
     assert (taken.returncode, f"port {port} is taken" in taken.stderr) == (1, True)
     host.installed(bundle)
