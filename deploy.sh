@@ -5,17 +5,24 @@ readonly CALLED_FROM=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
+# shellcheck source=scripts/docker.sh
+source scripts/docker.sh
 
 readonly INSTALL_GB=8
+readonly IN_CONTAINER=/app
 
 usage() {
   cat <<'EOF'
 usage: ./deploy.sh VERB [options]
 
-  start [--demo] [--timeout S]    bring every model up and wait until all are ready
+  start [--demo] [--offline] [--timeout S]
+                                  bring every model up and wait until all are ready; fetch the weights that are missing
                                   --demo: four small models that need neither a GPU nor a download of weights
+                                  --offline: fetch nothing, and say which weights to bring
                                   --timeout: give up waiting after S seconds (default 1800); the models go on
-                                  --native: in a virtual environment on this machine (the only way so far)
+                                  --docker: in a container, of an image that ./build.sh made or that was loaded
+                                  --native: in a virtual environment on this machine
+                                  Without either, Docker where it has the image. Nothing is ever pulled
   start MODEL                     one model, after it was stopped
   stop [MODEL]                    end all, or one model; requests in flight are finished first
   restart [MODEL]                 all of it, or one model
@@ -30,12 +37,24 @@ usage: ./deploy.sh VERB [options]
   check                           is the configuration right, and can this machine run it?
   plan [--json] [--devices FILE]  which model takes how much of which device, and what does not fit
                                   --devices: plan for the devices in FILE in place of this machine's
-  clean [--force]                 stop, and remove .venv, run/ and models/demo; configuration, key and weights stay
+  models download|verify|list|import|remove
+                                  the weights: fetched, compared with the hub's checksums, brought on a stick, removed;
+                                  ./deploy.sh models --help says more
+  keys create|list|revoke         API keys beside the deployment's own, with models and limits; ./deploy.sh keys --help
+                                  says more
+  backup [FILE] [--with-models]   configuration, .env, keys, jobs and usage in one file, which has to be kept secret; with
+                                  the weights on request
+  restore FILE [--force]          all of that from FILE, in place of what is here; asks first
+  update [--timeout S]            Docker: take the image that was built or loaded since; back to the old one when
+                                  the new one does not become ready
+  clean [--force]                 stop, and remove .venv, run/ and models/demo, or in Docker the container, its images
+                                  and cache; configuration, key, jobs and weights stay
   help                            this text
 
 examples:
   ./deploy.sh start --demo        first look, on any machine
   ./deploy.sh start               the models of config/models.json
+  ./deploy.sh models verify chat
   ./deploy.sh logs chat --follow
   ./deploy.sh restart embedding
   ./deploy.sh reload              after a change of config/models.json
@@ -46,7 +65,11 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | reload | status | logs | health | selftest | check | plan | clean) "verb_$verb" "$@" ;;
+    start | stop | restart | reload | status | logs | health | selftest | check | plan | models | keys | backup | restore | \
+      update | clean)
+      find_runtime
+      "verb_$verb" "$@"
+      ;;
     help | -h | --help) usage ;;
     *)
       usage >&2
@@ -60,7 +83,7 @@ verb_start() {
     start_one "$1"
     return
   fi
-  local config=config/models.json timeout=1800
+  local config=config/models.json timeout=1800 wanted=''
   while (($#)); do
     case $1 in
       --demo) config=config/models.demo.json ;;
@@ -69,30 +92,38 @@ verb_start() {
         timeout=$2
         shift
         ;;
-      --native) ;;
-      --docker) die "running in Docker is not there yet; leave --docker out to run natively" ;;
+      --offline) export VLLM_UNIFIED_OFFLINE=1 ;;
+      --native | --docker) wanted=${1#--} ;;
       *) wrong_usage "$1" ;;
     esac
     shift
   done
-  config=$(realpath "$(home)/$config")
   lock
+  if [[ -n $CONTAINER ]] || is_running; then
+    [[ -z $wanted || $wanted == "$RUNTIME" ]] || die "already here: $RUNTIME; ./deploy.sh stop ends that first"
+  else
+    choose_runtime "$wanted"
+  fi
+  CONFIG=$config
+  config=$(config_path "$config")
   # Not with &&, which would switch `set -e` off inside.
   if is_running; then
     already_running "$config" "$timeout"
     return
   fi
   trap 'interrupted' INT TERM
-  pre_flight "$config"
-  if needs_vllm "$config"; then install_vllm; fi
-  if is_demo "$config"; then make_demo_models; fi
-  cli --config "$config" check --machine >/dev/null
-  launch "$config"
+  if [[ $RUNTIME == docker ]]; then
+    LAUNCHED=yes
+    start_in_docker
+  else
+    say "Natively, in $VENV"
+    start_natively "$config"
+  fi
   unlock
   wait_until_ready "$timeout"
   trap - INT TERM
   say
-  cli welcome
+  welcome
 }
 
 verb_stop() {
@@ -109,12 +140,13 @@ verb_stop() {
 
 stop() {
   lock
-  if ! is_running; then
+  if ! is_running && [[ -z $CONTAINER ]]; then
     remove_state
     say "not running"
     return
   fi
   stop_all
+  CONTAINER=''
   say "stopped"
 }
 
@@ -122,11 +154,11 @@ verb_restart() {
   (($# <= 1)) || wrong_usage "$2"
   if (($# == 0)); then
     must_run
-    local config
-    config=$(<"$(home)/run/config")
+    local config runtime=$RUNTIME
+    config=$(running_config)
     cli --config "$config" check --machine
     stop
-    if is_demo "$config"; then verb_start --demo; else verb_start; fi
+    if is_demo "$config"; then verb_start --demo "--$runtime"; else verb_start "--$runtime"; fi
     return
   fi
   lock_running
@@ -140,13 +172,13 @@ verb_restart() {
 }
 
 verb_reload() {
-  installed
+  must_answer
   lock
   cli reload "$@"
 }
 
 verb_status() {
-  installed
+  must_answer
   cli status "$@"
 }
 
@@ -166,9 +198,9 @@ verb_logs() {
     shift
   done
   local folder name files=()
-  folder=$(home)/run/logs
+  folder=$(run_folder)/logs
   for name in "${names[@]}"; do
-    [[ $name =~ ^[A-Za-z0-9_-]+$ && -f $folder/$name.log ]] ||
+    { [[ $name =~ ^[A-Za-z0-9_-]+$ ]] && inside test -f "$folder/$name.log"; } ||
       die "no log of \"$name\"; there are: $(log_names "$folder")"
     files+=("$folder/$name.log")
   done
@@ -176,56 +208,213 @@ verb_logs() {
     for name in $(log_names "$folder"); do files+=("$folder/$name.log"); done
   fi
   ((${#files[@]})) || die "no logs yet; start it with ./deploy.sh start"
-  tail -n "$lines" "${follow[@]}" "${files[@]}"
+  inside tail -n "$lines" "${follow[@]}" "${files[@]}"
 }
 
 verb_health() {
   (($# == 0)) || wrong_usage "$1"
-  installed
+  must_answer
   cli health
 }
 
 verb_selftest() {
-  installed
+  must_answer
   cli selftest "$@"
 }
 
 verb_check() {
   (($# == 0)) || wrong_usage "$1"
-  install_package
-  cli check --machine
+  find_place
+  anywhere check --machine
 }
 
 verb_plan() {
-  install_package >&2
+  find_place
+  if [[ $RUNTIME == docker && " $* " == *" --devices "* ]]; then plan_in_docker "$@"; else anywhere plan "$@"; fi
+}
+
+verb_models() {
+  find_place
+  if [[ $RUNTIME == docker && ${1:-} == import ]]; then import_in_docker "${@:2}"; else anywhere models "$@"; fi
+}
+
+verb_keys() {
+  find_place
+  if [[ $RUNTIME == docker && ${1:-} =~ ^(create|revoke)$ ]]; then change_keys_in_docker "$@"; else anywhere keys "$@"; fi
+}
+
+verb_backup() {
+  local file='' options=()
+  while (($#)); do
+    case $1 in
+      --with-models) options+=("$1") ;;
+      -*) wrong_usage "$1" ;;
+      *)
+        [[ -z $file ]] || wrong_usage "$1"
+        file=$1
+        ;;
+    esac
+    shift
+  done
+  find_place
+  file=$(cd "$CALLED_FROM" && realpath -- "${file:-vllm-unified-backup-$(date -u +%Y%m%d-%H%M%S).tar}")
+  [[ ! -e $file ]] || die "$file is there already; name another file"
+  UNFINISHED=$file.part
+  trap 'rm -f -- "$UNFINISHED"' EXIT
+  (umask 077 && in_project backup "${options[@]}" >"$UNFINISHED" </dev/null)
+  mv -- "$UNFINISHED" "$file"
+  say "$file: $(du -h --apparent-size -- "$file" | cut -f 1); it has the API key in it, keep it secret"
+}
+
+verb_restore() {
+  local file='' force=''
+  while (($#)); do
+    case $1 in
+      --force) force=yes ;;
+      -*) wrong_usage "$1" ;;
+      *)
+        [[ -z $file ]] || wrong_usage "$1"
+        file=$1
+        ;;
+    esac
+    shift
+  done
+  [[ -n $file ]] || die "restore wants the file that ./deploy.sh backup made"
+  file=$(cd "$CALLED_FROM" && realpath -- "$file")
+  [[ -f $file && -r $file ]] || die "$file: no file that can be read"
+  if is_running || [[ -n $CONTAINER ]]; then die "it runs here; ./deploy.sh stop ends it first"; fi
+  if [[ -z $force ]]; then
+    say "replaces what is in $(home): configuration, .env, keys, jobs and usage, and the models that $file has"
+    confirm restores
+  fi
+  lock
+  find_place
+  in_project restore <"$file"
+}
+
+# The program where config/ and .env can be written too.
+in_project() {
+  if [[ $RUNTIME == docker ]]; then
+    local RUN_OPTIONS=(--no-TTY "${AS_ROOT[@]}" --volume "$(home):/host")
+    in_new_container "$@" --project /host
+  else
+    install_package >&2
+    cli "$@"
+  fi
+}
+
+# Where nothing runs, where it would. CONFIG: of what runs.
+find_place() {
+  if is_running; then CONFIG=$(running_config); else choose_runtime ''; fi
+}
+
+# For commands that need nothing to run, and take paths.
+anywhere() {
   local home config=()
+  [[ -z ${CONFIG:-} ]] || config=(--config "$CONFIG")
   home=$(home)
-  is_running && config=(--config "$(<"$home/run/config")")
-  (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" plan "$@")
+  if [[ $RUNTIME == docker && -n ${CONFIG:-} ]]; then
+    cli "${config[@]}" "$@"
+  elif [[ $RUNTIME == docker ]]; then
+    in_new_container "$@"
+  else
+    install_package >&2
+    (cd "$CALLED_FROM" && VLLM_UNIFIED_HOME=$home cli "${config[@]}" "$@")
+  fi
+}
+
+verb_update() {
+  local timeout=1800
+  if [[ ${1:-} == --timeout ]]; then
+    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--timeout wants a number of seconds"
+    timeout=$2
+    shift 2
+  fi
+  (($# == 0)) || wrong_usage "$1"
+  [[ $RUNTIME == docker ]] || die "is for Docker; here bring the new source, then: ./deploy.sh restart"
+  lock_running
+  update_in_docker "$timeout"
 }
 
 verb_clean() {
   [[ $# == 0 || ($# == 1 && $1 == --force) ]] || wrong_usage "${2:-$1}"
-  local targets=("$VENV" "$(home)/run" "$(home)/models/demo")
-  say "removes: ${targets[*]}"
-  say "keeps:   configuration, .env, all other models"
+  local targets=("$VENV" "$(home)/run" "$(home)/models/demo") things=()
+  if docker_answers; then mapfile -t things < <(labelled container && labelled volume && labelled image); fi
+  say "removes: ${targets[*]} ${things[*]}"
+  say "keeps:   configuration, .env, all other models${things:+; the volumes with jobs and models}"
   if [[ ${1:-} != --force ]]; then
-    [[ -t 0 ]] || die "asks before it removes; say --force where nobody can answer"
-    local answer
-    read -r -p "Go on? [y/N] " answer
-    [[ $answer == [yY]* ]] || die "nothing was removed"
+    confirm removes
   fi
   lock
-  if is_running; then stop_all; fi
+  if [[ $RUNTIME == docker ]] || is_running; then stop_all; fi
+  if ((${#things[@]})); then clean_docker; fi
   rm -rf -- "${targets[@]}"
   say "removed"
 }
 
+# --- in a container, or in .venv ---
+
+# RUNTIME and CONTAINER: of what runs here, or natively where nothing does.
+find_runtime() {
+  RUNTIME=native CONTAINER=''
+  [[ -S $(home)/run/supervisor.sock ]] && return
+  CONTAINER=$(container)
+  [[ -z $CONTAINER ]] || RUNTIME=docker
+}
+
+choose_runtime() { # native, docker, or nothing: as it comes
+  if [[ -n $1 ]]; then
+    RUNTIME=$1
+  elif docker_answers && has_image "$(image)"; then
+    RUNTIME=docker
+  fi
+}
+
+# Where the deployment is.
+inside() {
+  if [[ $RUNTIME == docker ]]; then
+    local terminal=()
+    [[ -t 1 ]] && terminal=(--tty)
+    [[ -t 0 && -t 1 ]] && terminal+=(--interactive)
+    docker exec "${terminal[@]}" "$CONTAINER" "$@"
+  else
+    "$@"
+  fi
+}
+cli() { if [[ $RUNTIME == docker ]]; then inside vllm-unified "$@"; else "$VENV/bin/vllm-unified" "$@"; fi; }
+supervisorctl() {
+  local program=$VENV/bin/supervisorctl
+  [[ $RUNTIME == docker ]] && program=supervisorctl
+  inside "$program" -c "$(run_folder)/supervisord.conf" "$@"
+}
+run_folder() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/run"; else say "$(home)/run"; fi; }
+# The examples run on the host, where a file in the container has another name.
+welcome() {
+  if [[ $RUNTIME == docker ]]; then
+    local name
+    name=$(docker container inspect --format '{{slice .Name 1}}' "$CONTAINER")
+    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $name &|; s|(in $IN_CONTAINER/.env)|(docker exec $name cat data/.env)|"
+  else
+    cli welcome
+  fi
+}
+running_config() { inside cat "$(run_folder)/config"; }
+config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG
+
 # --- the parts of start, in their order ---
+
+start_natively() { # CONFIG
+  pre_flight "$1"
+  if ! is_demo "$1"; then cli --config "$1" models download; fi
+  if needs_vllm "$1"; then install_vllm; fi
+  if is_demo "$1"; then make_demo_models; fi
+  cli --config "$1" check --machine >/dev/null
+  launch "$1"
+}
 
 already_running() { # CONFIG TIMEOUT
   local running report
-  running=$(<"$(home)/run/config")
+  running=$(running_config)
   [[ $running == "$1" ]] || die "already running with $running; ./deploy.sh stop ends it first"
   unlock
   if report=$(cli status); then
@@ -250,9 +439,9 @@ pre_flight() { # CONFIG
   say "Pre-flight. Nothing is started yet."
   [[ $(uname -s) == Linux ]] || die "runs on Linux; this is $(uname -s)"
   install_package
-  local except=()
-  is_demo "$1" && except=(--except-weights)
-  if ! cli --config "$1" check --machine "${except[@]}"; then
+  local weights=fetching
+  is_demo "$1" && weights=making
+  if ! cli --config "$1" check --machine --before "$weights"; then
     is_demo "$1" || say "To see it work without a GPU and without weights: ./deploy.sh start --demo" >&2
     exit 1
   fi
@@ -305,15 +494,20 @@ interrupted() {
 
 # --- the running deployment ---
 
-supervisorctl() { "$VENV/bin/supervisorctl" -c "$(home)/run/supervisord.conf" "$@"; }
 must_run() { is_running || die "not running; start it with ./deploy.sh start"; }
 lock_running() {
   must_run
   lock
 }
-is_running() { [[ -S $(home)/run/supervisor.sock ]] && supervisorctl pid >/dev/null 2>&1; }
+is_running() {
+  [[ $RUNTIME == docker || -S $(home)/run/supervisor.sock ]] && supervisorctl pid >/dev/null 2>&1
+}
 
 stop_all() {
+  if [[ $RUNTIME == docker ]]; then
+    compose down
+    return
+  fi
   local pid
   pid=$(supervisorctl pid 2>/dev/null) || pid=
   if [[ -n $pid ]]; then
@@ -345,14 +539,29 @@ lock() {
 }
 unlock() { exec 9<&-; }
 
-installed() { [[ -x $VENV/bin/vllm-unified ]] || die "not installed yet; ./deploy.sh start does it"; }
+# For what the program says of itself; one that is installed and not running says more.
+must_answer() {
+  if [[ $RUNTIME == docker ]]; then
+    [[ $(container_state) == running ]] && return
+  elif [[ -x $VENV/bin/vllm-unified ]]; then
+    return
+  fi
+  say "not running; start it with ./deploy.sh start" >&2
+  exit 3
+}
 known_model() { supervisorctl status "engines:$1" >/dev/null || (($? == 3)) || die "no model \"$1\" runs here; see ./deploy.sh status"; }
 must_be_enabled() { # MODEL
   local keys
-  keys=$(cli --config "$(<"$(home)/run/config")" engines)
+  keys=$(cli --config "$(running_config)" engines)
   [[ $'\n'$keys$'\n' == *$'\n'"$1"$'\n'* ]] || die "\"$1\" is not enabled; enable it in the configuration, and ./deploy.sh reload"
 }
-log_names() { find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
+log_names() { inside find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
+confirm() { # removes, restores: what it does
+  [[ -t 0 ]] || die "asks before it $1; say --force where nobody can answer"
+  local answer
+  read -r -p "Go on? [y/N] " answer
+  [[ $answer == [yY]* ]] || die "nothing was ${1%s}d"
+}
 wrong_usage() {
   printf 'deploy.sh: what is "%s"?\n\n' "$1" >&2
   usage >&2

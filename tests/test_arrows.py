@@ -22,12 +22,16 @@ ALLOWED: dict[str, set[str]] = {
     "supervision": BASE | {"settings", "engines"},
     "router": BASE | {"settings"},
     "documents": BASE | {"settings"},
-    "machine": BASE | {"settings", "engines"},
+    "hub": {"errors", "state", "settings"},
+    "bundle": {"errors", "settings", "hub"},
+    "backup": {"errors", "hub"},
+    "machine": BASE | {"settings", "engines", "hub"},
     "console": BASE | {"settings", "engines", "supervision"},
     "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},
     "cli": BASE
-    | {"settings", "engines", "supervision", "router", "documents", "machine", "console", "operations", "selftest"},
+    | {"settings", "engines", "supervision", "router", "documents", "hub", "bundle", "machine", "console", "operations"}
+    | {"selftest", "backup"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -68,5 +72,6 @@ def test_light_rooms_stay_light(module: str) -> None:
     program = f"import sys, vllm_unified.{module}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert {"fastapi", "starlette", "uvloop", "httptools", "vllm", "torch"}.isdisjoint(loaded)
+    assert {"httpx", "huggingface_hub", "modelscope", "modelscope_hub", "rich"}.isdisjoint(loaded)
     if module == "engines.keeper":  # one beside every engine, for months
         assert {"pydantic", "click", "yaml", "dotenv", "rich"}.isdisjoint(loaded)

@@ -83,17 +83,27 @@ def test_check_machine_names_everything(small: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "command"),
+    ("fields", "offline", "remedy"),
     [
-        ({"repo": "o/n"}, ".venv/bin/hf download o/n --local-dir"),
-        ({"repo": "o/n", "revision": "v1"}, ".venv/bin/hf download o/n --revision v1 --local-dir"),
-        ({"repo": "o/n", "source": "modelscope"}, ".venv/bin/modelscope download --model o/n --local_dir"),
-        ({}, "put the weights there, or say in `repo` where they come from"),
+        ({"repo": "o/n"}, "", "no such folder; fetch o/n with: ./deploy.sh models download chat"),
+        ({"repo": "o/n", "revision": "v1"}, "1", "no such folder; offline, so bring o/n at v1: "),
+        ({}, "", "put the weights there, or say in `repo` where they come from"),
     ],
 )
-def test_check_says_how_to_get_the_weights(project: Project, fields: dict[str, str], command: str) -> None:
+def test_check_says_how_to_get_the_weights(project: Project, fields: dict[str, str], offline: str, remedy: str) -> None:
     project.write({"chat": {"name": "c", "type": "chat", "gpu_memory_utilization": 0.1, **fields}})
-    assert command in run(project, "check", "--machine").stderr
+    assert remedy in run(project, "check", "--machine", VLLM_UNIFIED_OFFLINE=offline).stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "fields", "code"), [("making", {}, 0), ("fetching", {"repo": "o/n"}, 0), ("fetching", {}, 1)]
+)
+def test_check_before_the_weights_come(small: Project, before: str, fields: dict[str, str], code: int) -> None:
+    (small.home / "models" / "chat" / "config.json").unlink()
+    document = json.loads(small.file.read_text())
+    document["models"]["chat"] |= fields
+    small.write(json.dumps(document))
+    assert run(small, "check", "--machine", "--before", before).returncode == code
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class Deployed:
         self.project = project
         self.environ = {
             **os.environ,
+            "DOCKER_HOST": "unix:///nowhere",
             "VLLM_UNIFIED_HOME": str(project.home),
             "VLLM_UNIFIED_ENGINE_PROGRAM": FAKE_ENGINE,
             "COLUMNS": "200",
@@ -297,7 +298,8 @@ def test_refused_before_anything_is_started(deployed: Deployed) -> None:
         (["nonsense"], 2, "usage: ./deploy.sh VERB"),
         (["start", "--nonsense"], 2, 'what is "--nonsense"?'),
         (["start", "--timeout", "soon"], 1, "--timeout wants a number of seconds"),
-        (["start", "--docker"], 1, "running in Docker is not there yet"),
+        (["start", "--docker"], 1, "ocker"),  # neither installed nor answering
+        (["update"], 1, "is for Docker"),
         (["stop", "chat", "now"], 2, 'what is "now"?'),
         (["stop", "chat"], 1, "not running; start it with ./deploy.sh start"),
         (["start", "chat"], 1, "not running; start it with ./deploy.sh start"),

@@ -15,7 +15,9 @@ from typing import Any
 import click
 
 from vllm_unified import __version__, loopback, state
+from vllm_unified.bundle.commands import bundle, requirements
 from vllm_unified.errors import ConfigError, UserError
+from vllm_unified.hub.commands import COMMANDS as COMMANDS_OF_MODELS
 from vllm_unified.settings import Model, Settings, load
 from vllm_unified.settings.environment import variable_of
 from vllm_unified.state import EngineState, Phase
@@ -120,9 +122,9 @@ def cli() -> None:
 @cli.command()
 @devices_option
 @click.option("--machine", is_flag=True, help="Look at devices, memory, weights and ports too.")
-@click.option("--except-weights", is_flag=True, hidden=True, help="For weights that are about to be made.")
+@click.option("--before", type=click.Choice(["fetching", "making"]), hidden=True, help="What comes for the weights.")
 @click.pass_obj
-def check(project: Project, machine: bool, except_weights: bool) -> None:
+def check(project: Project, machine: bool, before: str | None) -> None:
     """Check the configuration, and say everything that is wrong with it."""
     from vllm_unified.settings.keys import FILE, read_keys, unknown_models
 
@@ -131,11 +133,12 @@ def check(project: Project, machine: bool, except_weights: bool) -> None:
     for name in unknown_models(read_keys(project.home), handles):
         click.echo(f'{FILE}: no model is called "{name}"; the keys that name it can\'t use it', err=True)
     if machine:
-        from vllm_unified.machine import problems_of_machine
+        from vllm_unified.machine import problems_of_machine, to_be_fetched
         from vllm_unified.supervision.ask import programs
 
         running = programs(settings.run) is not None
-        problems = problems_of_machine(settings, weights=not except_weights, running=running)
+        coming = {None: (), "fetching": to_be_fetched(settings), "making": settings.engines}[before]
+        problems = problems_of_machine(settings, coming=coming, running=running)
         if problems:
             raise ConfigError(problems)
     click.echo(f"{settings.shown_file}: {_models(len(settings.models))}, nothing wrong")
@@ -278,10 +281,11 @@ def status(project: Project, as_json: bool, watched: bool) -> None:
 
 
 @cli.command()
+@click.option("--ready", is_flag=True, help="Ask only for the required models, as a container's health check does.")
 @click.pass_obj
-def health(project: Project) -> None:
+def health(project: Project, ready: bool) -> None:
     """Print the router's own report. Exits with 0 when every model is healthy, else with 3."""
-    url = f"{project.running_settings().router_url}/health"
+    url = f"{project.running_settings().router_url}/{'ready' if ready else 'health'}"
     try:
         code, report = loopback.get(url, timeout=10)
     except OSError as error:
@@ -483,6 +487,53 @@ def revoke(project: Project, name: str) -> None:
 
     remove_key(project.home, name)
     click.echo(f"{name} is revoked; a running router takes it up within a second")
+
+
+@cli.group(cls=_Group)
+def models() -> None:
+    """The weights: from Hugging Face or ModelScope, or brought on a stick; verified, listed, removed.
+
+    \b
+    vllm-unified models download            all that are missing
+    vllm-unified models verify chat
+    vllm-unified models list
+    vllm-unified models import /media/stick/models/chat
+    vllm-unified models remove chat
+    """
+
+
+for command in COMMANDS_OF_MODELS:
+    models.add_command(command)
+for command in (bundle, requirements):
+    cli.add_command(command)
+
+
+project_option = click.option(
+    "--project", "project_folder", type=click.Path(path_type=Path), hidden=True, help="Where config/ and .env are."
+)
+
+
+@cli.command()
+@click.option("--with-models", is_flag=True, help="With the weights.")
+@project_option
+@click.pass_obj
+def backup(project: Project, with_models: bool, project_folder: Path | None) -> None:
+    """Write configuration, .env, keys, jobs and usage to standard output. ./deploy.sh backup puts that into a file."""
+    from vllm_unified.backup import Places, write
+
+    if sys.stdout.isatty():
+        raise UserError("a backup is no text: ./deploy.sh backup FILE puts it into a file")
+    write(Places(project_folder or project.home, project.home), sys.stdout.buffer, with_models=with_models)
+
+
+@cli.command()
+@project_option
+@click.pass_obj
+def restore(project: Project, project_folder: Path | None) -> None:
+    """Put a backup, from standard input, into its place. ./deploy.sh restore FILE does so, and asks before."""
+    from vllm_unified import backup as archive
+
+    click.echo(archive.restore(archive.Places(project_folder or project.home, project.home), sys.stdin.buffer))
 
 
 def _require_models(settings: Settings, names: Sequence[str]) -> None:

@@ -1,24 +1,24 @@
 """Whether this machine can run the deployment now. Nothing is changed by looking."""
 
-import shlex
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 
 import psutil
 
 from vllm_unified.engines.keeper import port_taken
 from vllm_unified.engines.placement import plan_now
 from vllm_unified.errors import ConfigError, Problem
+from vllm_unified.hub.manifest import State, how_to_get, look
 from vllm_unified.settings import Model, Settings
 
 # A Unix socket's address has 108 bytes, the last of them zero; supervisord adds its pid while it makes one.
 LONGEST_SOCKET_PATH = 95
 
 
-def problems_of_machine(settings: Settings, *, weights: bool, running: bool) -> list[Problem]:
+def problems_of_machine(settings: Settings, *, coming: Collection[Model], running: bool) -> list[Problem]:
     """Everything that would keep the models from starting: devices, folder, weights, ports, memory.
 
-    `weights`: False where they are about to be made. `running`: the deployment has its ports and memory already.
+    `coming`: the models whose weights are about to be fetched or made. `running`: the deployment has its ports and
+    memory already.
     """
     found: list[Problem] = []
     try:
@@ -26,31 +26,24 @@ def problems_of_machine(settings: Settings, *, weights: bool, running: bool) -> 
     except ConfigError as error:
         found += error.problems
     found += _unusable_folder(settings)
-    if weights:
-        found += missing_weights(settings)
+    found += missing_weights(settings, coming)
     if not running:
         found += _taken_ports(settings)
     return found
 
 
-def missing_weights(settings: Settings) -> Iterator[Problem]:
+def missing_weights(settings: Settings, coming: Collection[Model] = ()) -> Iterator[Problem]:
     for model in settings.engines:
         folder = settings.folder(model)
-        if (folder / "config.json").is_file() or (folder / "params.json").is_file():
-            continue
-        what = "no such folder" if not folder.exists() else "no config.json in it"
-        yield Problem(settings.shown_file, f"models.{model.key}.path", f"{folder}: {what}; {_remedy(model, folder)}")
+        found = look(folder, model)
+        if model not in coming and found.state in (State.MISSING, State.INCOMPLETE):
+            message = f"{folder}: {found.note}; {how_to_get(settings, model)}"
+            yield Problem(settings.shown_file, f"models.{model.key}.path", message)
 
 
-def _remedy(model: Model, folder: Path) -> str:
-    """The command that fetches the weights."""
-    if model.repo is None:
-        return "put the weights there, or say in `repo` where they come from"
-    revision = f" --revision {model.revision}" if model.revision else ""
-    if model.source == "modelscope":
-        get = f"{model.repo}{revision} --local_dir {shlex.quote(str(folder))}"
-        return f"fetch them with: .venv/bin/pip install modelscope && .venv/bin/modelscope download --model {get}"
-    return f"fetch them with: .venv/bin/hf download {model.repo}{revision} --local-dir {shlex.quote(str(folder))}"
+def to_be_fetched(settings: Settings) -> list[Model]:
+    """The models that a start may fetch."""
+    return [] if settings.environment.is_offline else [model for model in settings.engines if model.repo]
 
 
 def _taken_ports(settings: Settings) -> Iterator[Problem]:

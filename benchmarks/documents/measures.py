@@ -182,6 +182,7 @@ def _long_document(documents: Service, watch: "Watch", pdf: Path, pages: int) ->
         task = documents.send(pdf, formats=FORMATS)
         documents.wait_for_pages(task, pages)
         read = time.monotonic()
+        watch.look()  # also where none came in a short while
         while_read, watch.rss = watch.rss, []
         documents.wait_for_end(task)
         ended = time.monotonic()
@@ -219,12 +220,12 @@ class Watch:
         of_service, of_idle = list[float](), list[float]()
         with self._documents.client() as client, httpx.Client(base_url=self._idle.url) as other:
             asking = partial(_ask_health, client, of_service), partial(_ask_health, other, of_idle)
-            with repeatedly((self._look, RSS_SECONDS), *((ask, HEALTH_SECONDS) for ask in asking)):
+            with repeatedly((self.look, RSS_SECONDS), *((ask, HEALTH_SECONDS) for ask in asking)):
                 yield
-        self._look()
+        self.look()
         self.health_ms, self.idle_ms = _shares_of(of_service), _shares_of(of_idle)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         self.rss.append(self._documents.rss_mb())
 
 

@@ -192,12 +192,12 @@ def test_the_authority_of_an_endpoint(project: Project) -> None:
 
 def test_the_key_of_an_endpoint_is_taken_from_a_variable_and_shown_nowhere(project: Project) -> None:
     project.write({**remote({"url": "http://gpu-2", "api_key": "$THEIR_KEY"}), "here": {"name": "h", "type": "ocr"}})
-    (project.home / ".env").write_text(f"THEIR_KEY={SECRET}\nHF_ENDPOINT=https://mirror.example\n")
+    (project.home / ".env").write_text(f"THEIR_KEY={SECRET}\nNCCL_DEBUG=INFO\n")
     settings = project.load()
     endpoint = settings.models[0].endpoints[0]
     assert endpoint.api_key == SECRET
     assert SECRET not in repr(settings) + settings.models[0].model_dump_json()
-    assert settings.engine_env == {"HF_ENDPOINT": "https://mirror.example"}
+    assert settings.engine_env == {"NCCL_DEBUG": "INFO"}
     assert "THEIR_KEY" in settings.own_variables  # those that no engine gets
     (project.home / ".env").write_text(f"THEIR_KEY='{SECRET} {SECRET}'\n")
     assert lines_of(project) == [

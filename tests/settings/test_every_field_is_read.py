@@ -13,6 +13,7 @@ from vllm_unified.engines import placement
 from vllm_unified.engines.command import engine_command
 from vllm_unified.engines.handover import orders_for
 from vllm_unified.engines.orders import Orders
+from vllm_unified.hub.hubs import hubs_of
 from vllm_unified.router.registry import Registry
 from vllm_unified.settings import Settings, load
 from vllm_unified.settings.environment import OWN_VARIABLES
@@ -59,6 +60,13 @@ def remedy(settings: Settings) -> list[str]:
     return [str(problem) for problem in machine.missing_weights(settings)]
 
 
+def asked(settings: Settings) -> list[str]:
+    """Where a download looks for the first model."""
+    model = settings.models[0]
+    hubs = hubs_of(settings.environment, model.source)
+    return [f"{hub.url(str(model.repo), str(model.revision), '')} {hub.token}" for hub in hubs]
+
+
 def patience(settings: Settings) -> float:
     return settings.startup_timeout(settings.models[0])
 
@@ -95,8 +103,8 @@ MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {
     "dtype": ("float16", command),
     "trust_remote_code": (True, command),
     "repo": ("owner/name", remedy),
-    "revision": ("v1", remedy),
-    "source": ("modelscope", remedy),
+    "revision": ("v1", asked),
+    "source": ("modelscope", asked),
     "engine_args": ({"max-num-seqs": 3}, command),
     "env": ({"A": "b"}, environment),
     "startup_timeout": (5.0, patience),
@@ -231,7 +239,14 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "VLLM_RERANK_PORT": ("9003", lambda settings: settings.models[2].port),
     "VLLM_OCR_PORT": ("9004", lambda settings: settings.models[3].port),
     "VLLM_API_KEY": ("sk-another", lambda settings: (environment(settings), routed(settings))),
-    "HF_TOKEN": ("hf_x", environment),
+    "HF_TOKEN": ("hf_x", lambda settings: (environment(settings), asked(settings))),
+    # Seen at work in tests/hub, as is the time-out.
+    "HF_ENDPOINT": ("https://mirror.example", asked),
+    "MODELSCOPE_ENDPOINT": ("https://mirror.example", asked),
+    "MODELSCOPE_API_TOKEN": ("ms-x", asked),
+    "HF_HUB_DOWNLOAD_TIMEOUT": ("7", lambda settings: settings.environment.download_timeout),
+    "VLLM_UNIFIED_OFFLINE": ("1", lambda settings: settings.environment.is_offline),
+    "HF_HUB_OFFLINE": ("1", lambda settings: settings.environment.is_offline),
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
@@ -297,10 +312,10 @@ def test_precedence(project: Project) -> None:
 
 def test_the_process_wins_over_dot_env(project: Project) -> None:
     project.write({"chat": BASE})
-    (project.home / ".env").write_text("VLLM_CHAT_PORT=2\nHF_ENDPOINT=https://mirror.example\n")
+    (project.home / ".env").write_text("VLLM_CHAT_PORT=2\nNCCL_DEBUG=INFO\n")
     assert project.load({"VLLM_CHAT_PORT": "3"}).models[0].port == 3
     assert project.load({"VLLM_CHAT_PORT": ""}).models[0].port == 2
-    assert environment(project.load())["HF_ENDPOINT"] == "https://mirror.example"
+    assert environment(project.load())["NCCL_DEBUG"] == "INFO"
 
 
 @pytest.mark.parametrize("file", ["models.json", "models.demo.json"])

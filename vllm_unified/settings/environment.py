@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values, set_key
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -35,6 +36,32 @@ class Environment(BaseModel):
     )
     hf_token: str | None = Field(
         default=None, alias="HF_TOKEN", description="token for gated models on Hugging Face", repr=False
+    )
+    hf_endpoint: str = Field(
+        default="https://huggingface.co",
+        alias="HF_ENDPOINT",
+        description="Hugging Face, or a mirror of it (default https://huggingface.co)",
+    )
+    modelscope_endpoint: str = Field(
+        default="https://modelscope.cn",
+        alias="MODELSCOPE_ENDPOINT",
+        description="ModelScope, or a mirror of it (default https://modelscope.cn)",
+    )
+    modelscope_token: str | None = Field(
+        default=None, alias="MODELSCOPE_API_TOKEN", description="token for private models on ModelScope", repr=False
+    )
+    download_timeout: float = Field(
+        default=30.0,
+        alias="HF_HUB_DOWNLOAD_TIMEOUT",
+        gt=0,
+        le=3600,
+        description="seconds without a byte after which a download is taken up anew (default 30)",
+    )
+    offline: bool = Field(
+        default=False, alias="VLLM_UNIFIED_OFFLINE", description="1: fetch nothing, and say what to bring instead"
+    )
+    hf_hub_offline: bool = Field(
+        default=False, alias="HF_HUB_OFFLINE", description="the same, under Hugging Face's name"
     )
     visible_devices: str | None = Field(
         default=None,
@@ -76,7 +103,23 @@ class Environment(BaseModel):
         default=None, alias="SKIP_CROSS_PAGE_MERGE", description="true: documents.join_pages is false"
     )
 
-    @field_validator("api_key", "internal_api_token")
+    @property
+    def is_offline(self) -> bool:
+        return self.offline or self.hf_hub_offline
+
+    @field_validator("hf_endpoint", "modelscope_endpoint")
+    @classmethod
+    def _hub(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # no port, no IPv6 address
+            usable = False
+        if not usable or parts.username is not None or parts.query or parts.fragment:  # a password is not shown
+            raise ValueError("no address of a hub; use https://HOST, with the token in a variable of its own")
+        return value.rstrip("/")
+
+    @field_validator("api_key", "internal_api_token", "hf_token", "modelscope_token")
     @classmethod
     def _sendable(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"[!-~]+", value):
@@ -182,7 +225,18 @@ FIELD_VARIABLES = (
     "retries",
     "skip_joining",
 )
-SECRET_VARIABLES = tuple(variable_of(field) for field in ("api_key", "hf_token", "internal_api_token"))
+# Those that each download reads anew, and nothing that runs.
+DOWNLOAD_VARIABLES = (
+    "hf_endpoint",
+    "modelscope_endpoint",
+    "modelscope_token",
+    "download_timeout",
+    "offline",
+    "hf_hub_offline",
+)
+SECRET_VARIABLES = tuple(
+    variable_of(field) for field in ("api_key", "hf_token", "modelscope_token", "internal_api_token")
+)
 
 
 def as_fields(values: Mapping[str, str]) -> dict[str, Any]:

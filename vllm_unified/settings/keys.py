@@ -236,7 +236,10 @@ def _alone(home: Path) -> Iterator[None]:
 
 
 def _replace(home: Path, text: str, names: list[str]) -> None:
-    """Write the file (mode 0600) in one step. Raises ConfigError unless the text says the keys `names`."""
+    """Write the file in one step. Raises ConfigError unless the text says the keys `names`.
+
+    Its mode is 0600, or 0640 where its group could read it before.
+    """
     try:
         found = [entry.name for entry in _entries(yaml.safe_load(text))]
     except yaml.YAMLError:
@@ -248,6 +251,8 @@ def _replace(home: Path, text: str, names: list[str]) -> None:
     fresh = path.with_name(f"{path.name}.new")
     fresh.unlink(missing_ok=True)
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        if path.exists():
+            os.fchmod(file.fileno(), 0o600 | path.stat().st_mode & 0o040)
         _give(file.fileno(), path if path.exists() else path.parent)
         file.write(text)
         file.flush()

@@ -440,7 +440,7 @@ def _without_fields(engine_args: Mapping[str, FlagValue]) -> dict[str, FlagValue
 
 
 def _passed_on(variables: Variables, file: ModelsFile, endpoint_variables: frozenset[str]) -> dict[str, str]:
-    """What `.env` says beyond our own variables is meant for the engines (HF_ENDPOINT, NCCL_P2P_DISABLE …)."""
+    """What `.env` says beyond our own variables is meant for the engines (NCCL_P2P_DISABLE, VLLM_LOGGING_LEVEL …)."""
     own = {*OWN_VARIABLES, *endpoint_variables, *(port_variable(key) for key in file.models)}
     return {name: variables.values[name] for name in sorted(variables.from_file) if name not in own}
 

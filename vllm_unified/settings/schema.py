@@ -201,7 +201,7 @@ class ModelEntry(_Strict):
         default=None, pattern=r"^\w[\w./-]*$", description="branch, tag or commit on the hub (default: its main one)"
     )
     source: Literal["huggingface", "modelscope", "auto"] = Field(
-        default="auto", description="the hub; auto takes Hugging Face"
+        default="auto", description="the hub; auto asks both and takes the one that answers first"
     )
     engine_args: dict[str, FlagValue] = Field(
         default={}, description="any flag of vLLM's server; true is --flag, false is --no-flag, null drops a default"

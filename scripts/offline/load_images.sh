@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Load the bundle's image into Docker. ./install.sh does this too.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=./common.sh
+source "$ROOT/scripts/common.sh"
+
+usage() {
+  cat <<'EOF'
+usage: scripts/load_images.sh
+
+Loads the image into the Docker engine that `docker info` reaches. What is loaded already is left alone.
+EOF
+}
+
+case $* in
+  '') ;;
+  -h | --help)
+    usage
+    exit
+    ;;
+  *) wrong_usage "$*" ;;
+esac
+read_about
+[[ $BUNDLE_RUNTIME == docker ]] || die "this bundle has no image; ./install.sh installs it without Docker"
+problems=$(docker_problems)
+[[ -z $problems ]] || die "$problems"
+load_images

@@ -1,0 +1,212 @@
+"""The offline bundle: made here, and installed, used, upgraded, taken back and removed where no cable goes out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CHECKOUT, eventually
+from tests.containers.airgap import Airgap, airgap
+from tests.containers.conftest import Built, docker, run, timed
+
+NAME = "vllm-unified-test-bundle"
+# As a user does it, with the real client.
+ASK = """
+import openai, sys
+client = openai.OpenAI(base_url=sys.argv[1], api_key=sys.argv[2], max_retries=0)
+print(len(client.embeddings.create(model="demo-embedding", input="Paris").data[0].embedding))
+"""
+
+LISTEN = """
+import socket, time
+server = socket.create_server(("127.0.0.1", 8002))
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def gap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airgap]:
+    with airgap(tmp_path_factory.mktemp("engine")) as gap:
+        yield gap
+
+
+class Sender:
+    """Where bundles are made: `home` has one model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        shutil.copytree(CHECKOUT / "config", self.home / "config")
+        shutil.copytree(CHECKOUT / "models/demo/minilm", self.home / "models/demo/minilm")
+        demo = json.loads((CHECKOUT / "config/models.demo.json").read_text())
+        (self.home / "config/models.json").write_text(
+            json.dumps({"models": {"embedding": demo["models"]["embedding"]}})
+        )
+
+    def make(self, version: str, *options: str) -> str:
+        environ = {**os.environ, "VLLM_UNIFIED_HOME": str(self.home), "VLLM_UNIFIED_IMAGE": f"{NAME}:latest"}
+        command = ("--version", version, "--output", str(self.folder / "dist"), *options)
+        done = run(CHECKOUT / "build_offline_package.sh", *command, env=environ)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def unpack(self, version: str, into: Path) -> Path:
+        """With the parts, in their order, and the command that the making ended with."""
+        into.mkdir(exist_ok=True)
+        parts = sorted((self.folder / "dist").glob(f"knowflow-offline-{version}.tar*"))
+        subprocess.run(["sh", "-c", 'cat "$@" | tar x', "sh", *parts], cwd=into, check=True)
+        return into / "knowflow-offline"
+
+
+@pytest.fixture(scope="module")
+def sender(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Sender:
+    docker("tag", built.image, f"{NAME}:latest")
+    sender = Sender(tmp_path_factory.mktemp("sender"))
+    with timed("the bundle made"):
+        sender.make("v1", "--split", "400M")
+    return sender
+
+
+@pytest.fixture(scope="module")
+def bundle(sender: Sender, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sender.unpack("v1", tmp_path_factory.mktemp("bundle") / "on a stick")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("opt") / "vllm unified"
+
+
+def key(gap: Airgap) -> str:
+    return gap.done("docker", "exec", "vllm-unified", "sed", "-n", "s/^VLLM_API_KEY=//p", "data/.env").strip()
+
+
+def ask(gap: Airgap) -> str:
+    return gap.done(sys.executable, "-c", ASK, "http://127.0.0.1:8000/v1", key(gap)).strip()
+
+
+def images(gap: Airgap) -> list[str]:
+    return sorted(gap.done("docker", "image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split())
+
+
+def test_a_flipped_byte_or_a_missing_part_changes_nothing(gap: Airgap, bundle: Path, site: Path) -> None:
+    blob = max((bundle / "images/blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    flip(blob)
+    damaged = gap.run(bundle / "install.sh", "--to", site)
+    flip(blob)
+    away = blob.rename(blob.with_name("away"))
+    missing = gap.run(bundle / "install.sh", "--to", site)
+    away.rename(blob)
+    assert f"images/blobs/sha256/{blob.name}: damaged" in damaged.stderr
+    assert f"1 of the bundle's files missing, as images/blobs/sha256/{blob.name}" in missing.stderr
+    assert (damaged.returncode, missing.returncode) == (1, 1)
+    assert (site.exists(), images(gap)) == (False, [])
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)[0]
+        file.seek(1000)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_taken_port_is_known_before(gap: Airgap, bundle: Path, site: Path) -> None:
+    listening = (
+        "import socket, time; s = socket.create_server(('127.0.0.1', 8002)); print('up', flush=True); time.sleep(60)"
+    )
+    inside = ["nsenter", "--net=/run/netns/vllm-unified-test", sys.executable, "-c", listening]
+    with subprocess.Popen(inside, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        done = gap.run(bundle / "install.sh", "--to", site, "--no-verify")
+        server.kill()
+    assert (done.returncode, "port 8002 is taken" in done.stderr) == (1, True)
+    assert not site.exists()
+
+
+def test_a_dry_run_changes_nothing(gap: Airgap, bundle: Path, site: Path) -> None:
+    said = gap.done(bundle / "install.sh", "--to", site, "--dry-run").splitlines()
+    assert said[-3:] == ["installs v1", "adds models/demo/minilm", "nothing was changed"]
+    assert (site.exists(), images(gap)) == (False, [])
+
+
+def test_an_install_that_was_killed_goes_on(gap: Airgap, bundle: Path, site: Path) -> None:
+    with gap.started(bundle / "install.sh", "--to", site, "--no-verify") as installing:
+        eventually(lambda: (site / "releases").exists(), 60)
+        time.sleep(3)  # docker load is at work
+        os.killpg(installing.pid, signal.SIGKILL)
+    assert not (site / "current").exists()
+    with timed("the bundle installed, without verifying it"):
+        said = gap.done(bundle / "install.sh", "--to", site, "--no-verify")
+    assert "start it:" in said
+    assert images(gap) == [f"{NAME}:v1"]
+    again = gap.done(bundle / "install.sh", "--to", site)
+    assert "is loaded already" in again
+    assert "v1 is installed; what is missing of it is added" in again
+
+
+def test_start_and_ask(gap: Airgap, site: Path) -> None:
+    with timed("./deploy.sh start, one model"):
+        said = gap.done(site / "deploy.sh", "start")
+    assert "no model is missing" in said
+    assert ask(gap) == "384"
+    assert gap.run("curl", "-sf", "http://127.0.0.1:8000/docs").returncode == 0
+
+
+def test_an_upgrade_keeps_all_that_is_the_deployments(gap: Airgap, sender: Sender, site: Path, tmp_path: Path) -> None:
+    """By an increment, and without the bundle that it builds on at hand."""
+    before = key(gap)
+    (site / "config/models.json").write_text((site / "config/models.json").read_text() + "\n")
+    mine = (site / "config/models.json").read_text()
+    (site / ".env").write_text("# mine\n")
+    command = ("docker", "build", "--quiet", "--tag", f"{NAME}:latest", "-")
+    assert run(*command, input=f"FROM {NAME}:latest\nLABEL next=yes\n").returncode == 0
+    since = sender.folder / "dist/knowflow-offline-v1.SHA256SUMS"
+    sender.make("v2", "--since", str(since), "--no-verify")
+    assert (sender.folder / "dist/knowflow-offline-v2.tar").stat().st_size < 10_000_000
+    bundle = sender.unpack("v2", tmp_path / "v2")
+    with timed("an upgrade of what runs, one model"):
+        said = gap.done(bundle / "install.sh", "--to", site)
+    assert "takes v1 to v2" in said
+    assert json.loads(gap.done(site / "deploy.sh", "status", "--json"))["ready"]
+    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{NAME}:v2"]
+    assert key(gap) == before
+    assert ((site / "config/models.json").read_text(), (site / ".env").read_text()) == (mine, "# mine\n")
+    assert ask(gap) == "384"
+
+
+def test_the_way_back(gap: Airgap, site: Path) -> None:
+    with timed("./rollback.sh, one model"):
+        gap.done(site / "rollback.sh")
+    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{NAME}:v1"]
+    assert ask(gap) == "384"
+
+
+def test_uninstall_removes_its_own_alone(gap: Airgap, bundle: Path, site: Path) -> None:
+    gap.done("docker", "tag", f"{NAME}:v1", "of-another:v1")
+    gap.done("docker", "volume", "create", "of-another")
+    assert gap.run(site / "uninstall.sh").returncode == 1, "nobody can answer"
+    gap.done(site / "uninstall.sh", "--force")
+    assert gap.done("docker", "ps", "--all", "--quiet") == ""
+    assert images(gap) == ["of-another:v1"]
+    volumes = gap.done("docker", "volume", "ls", "--quiet").split()
+    assert volumes == ["of-another", "vllm-unified_vllm_data"]
+    assert {path.name for path in site.iterdir()} == {".vllm-unified", ".env", "config", "models"}
+    gap.done(bundle / "uninstall.sh", "--to", site, "--all", "--force")
+    assert not site.exists()
+    assert gap.done("docker", "volume", "ls", "--quiet").split() == ["of-another"]
+
+
+def test_not_one_packet_went_out(gap: Airgap) -> None:
+    assert gap.sent() == 0
+    gap.run(sys.executable, "-c", "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.9', 9))")
+    assert gap.sent() > 0, "and it would have been seen"

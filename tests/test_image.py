@@ -1,0 +1,56 @@
+"""What the image's files say is compared with what they have to agree with. Built and run it is in tests/containers."""
+
+import re
+import subprocess
+import tomllib
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import CHECKOUT, Project
+from vllm_unified.engines.keeper import LEAVING_SECONDS, SETTLING_SECONDS
+from vllm_unified.settings.schema import DEFAULT_PORTS, RouterSettings
+from vllm_unified.supervision.conf import supervisord_conf
+
+COMPOSE = yaml.safe_load((CHECKOUT / "docker-compose.yml").read_text(encoding="utf-8"))
+SERVICE = COMPOSE["services"]["vllm-unified"]
+DOCKERFILE = (CHECKOUT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_base_image_is_that_of_the_versions() -> None:
+    command = ["bash", "-c", 'source scripts/versions.env && echo "$GPU_IMAGE"']
+    wanted = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
+    assert re.findall("^ARG BASE_IMAGE=(.+)$", DOCKERFILE, re.MULTILINE) == [wanted]
+
+
+def test_every_dependency_has_a_version_that_fits() -> None:
+    lock = (CHECKOUT / "requirements.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([\w-]+)==(\S+)", lock, re.MULTILINE))
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_ports_are_published(project: Project) -> None:
+    published = [re.findall(r":-(\d+)\}", port) for port in SERVICE["ports"]]
+    wanted = [RouterSettings().port, *DEFAULT_PORTS.values()]
+    assert published == [[str(port), str(port)] for port in wanted]
+    assert all(port.startswith("${VLLM_") and ":-127.0.0.1}:" in port for port in SERVICE["ports"])
+
+
+def test_all_programs_may_take_the_time_that_they_are_given(project: Project) -> None:
+    """supervisord ends the engines, then the documents, then the router."""
+    project.write({"read": {"name": "m", "type": "ocr"}})
+    waits = [
+        int(seconds) for seconds in re.findall(r"^stopwaitsecs=(\d+)$", supervisord_conf(project.load()), re.MULTILINE)
+    ]
+    assert len(waits) == 3
+    assert sum(waits) > 2 * (30 + LEAVING_SECONDS + SETTLING_SECONDS)
+    assert int(SERVICE["stop_grace_period"].removesuffix("m")) * 60 > sum(waits)
+
+
+def test_all_that_is_made_carries_our_label() -> None:
+    made = [SERVICE, *COMPOSE["volumes"].values(), *COMPOSE["networks"].values()]
+    assert all("vllm-unified" in each["labels"] for each in made)
+    assert 'LABEL vllm-unified="$VERSION"' in DOCKERFILE

@@ -1,0 +1,1 @@
+"""Models from Hugging Face and ModelScope: fetched, verified, brought on a stick, removed."""
