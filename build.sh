@@ -152,10 +152,4 @@ push() {
 }
 
 tell() { [[ -n $QUIET ]] || say "$@"; }
-wrong_usage() {
-  printf 'build.sh: what is "%s"?\n\n' "$1" >&2
-  usage >&2
-  exit 2
-}
-
 main "$@"

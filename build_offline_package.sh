@@ -132,10 +132,4 @@ collect_wheels_now() { # REQUIREMENTS
   [[ -z $torch ]] || "${pip_wheel[@]}" "$torch" || "${pip_wheel[@]}" --index-url "$TORCH_CPU_INDEX" "$torch"
 }
 
-wrong_usage() {
-  printf 'build_offline_package.sh: what is "%s"?\n\n' "$1" >&2
-  usage >&2
-  exit 2
-}
-
 main "$@"

@@ -562,10 +562,4 @@ confirm() { # removes, restores: what it does
   read -r -p "Go on? [y/N] " answer
   [[ $answer == [yY]* ]] || die "nothing was ${1%s}d"
 }
-wrong_usage() {
-  printf 'deploy.sh: what is "%s"?\n\n' "$1" >&2
-  usage >&2
-  exit 2
-}
-
 main "$@"

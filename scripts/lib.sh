@@ -12,6 +12,12 @@ die() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2
   exit 1
 }
+# Of a script that has a `usage`.
+wrong_usage() {
+  printf '%s: what is "%s"?\n\n' "${0##*/}" "$1" >&2
+  usage >&2
+  exit 2
+}
 
 home() { realpath "${VLLM_UNIFIED_HOME:-$PWD}"; }
 

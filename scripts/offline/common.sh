@@ -12,6 +12,17 @@ wrong_usage() {
   exit 2
 }
 
+no_options() {
+  case $* in
+    '') ;;
+    -h | --help)
+      usage
+      exit
+      ;;
+    *) wrong_usage "$*" ;;
+  esac
+}
+
 # ROOT: the unpacked folder. bundle.env says what is in it.
 read_about() {
   # shellcheck disable=SC2153
@@ -28,7 +39,7 @@ decimal() { # BYTES, as 3.2 GB
 # --- checksums ---
 
 # A line each: the SHA-256, two spaces, the path.
-paths_in() { cut -c 67- "$1"; } # FILE
+paths_in() { cut -c 67- "$@"; } # FILE, or what comes in
 # Of all that was bundled, also of what an increment leaves to the bundle that it builds on.
 bundled() { cat "$ROOT/SHA256SUMS" "$ROOT/SINCE"; }
 is_increment() { [[ -s $ROOT/SINCE ]]; }
@@ -177,8 +188,7 @@ load_images() {
   local began=$SECONDS said
   say "loading $BUNDLE_IMAGE, $(decimal "$BUNDLE_IMAGE_BYTES") unpacked …"
   # Layers that an earlier bundle brought, and that are not in this folder, are in the engine already.
-  said=$(bundled | cut -c 67- | grep '^images/' | sort -u |
-    while IFS= read -r path; do if [[ -f $ROOT/$path ]]; then printf '%s\n' "${path#images/}"; fi; done |
+  said=$(all_sums | paths_in | sed -n 's|^images/||p' | sort -u |
     tar --create --directory "$ROOT/images" --verbatim-files-from --files-from - | docker load 2>&1) ||
     die "docker load: $(tail -n 1 <<<"$said"); nothing of a deployment was changed. $(is_increment && say "This is an increment: unpack the bundle that it builds on into the same folder first. ")Run it again when that is mended"
   image_is_loaded || die "docker load said \"$(tail -n 1 <<<"$said")\", but $BUNDLE_IMAGE is not there"

@@ -294,7 +294,7 @@ install_natively() { # RELEASE
 
 # Folders below models/: the first on each way down that has files of its own.
 bundled_models() {
-  bundled | cut -c 67- | sed -n 's|^models/\(.*/\)[^/]*$|\1|p' | LC_ALL=C sort -u |
+  bundled | paths_in | sed -n 's|^models/\(.*/\)[^/]*$|\1|p' | LC_ALL=C sort -u |
     awk 'NR == 1 || index($0, last) != 1 { last = $0; sub("/$", ""); print }'
 }
 
@@ -343,7 +343,7 @@ stage_models() {
     say "taking in models/$folder"
     while IFS= read -r path; do
       [[ -e $stage/${path#models/} ]] || stage_file "$path" "$stage/${path#models/}"
-    done < <(model_sums "$folder" | cut -c 67-)
+    done < <(model_sums "$folder" | paths_in)
   done
   chmod -R a+rX "$stage" # the container's user is another one
   sync -f "$stage"

@@ -13,14 +13,7 @@ Loads the image into the Docker engine that `docker info` reaches. What is loade
 EOF
 }
 
-case $* in
-  '') ;;
-  -h | --help)
-    usage
-    exit
-    ;;
-  *) wrong_usage "$*" ;;
-esac
+no_options "$@"
 read_about
 [[ $BUNDLE_RUNTIME == docker ]] || die "this bundle has no image; ./install.sh installs it without Docker"
 problems=$(docker_problems)

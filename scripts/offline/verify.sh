@@ -16,13 +16,6 @@ Exit codes: 0 whole, 1 something is missing or damaged (each file is named).
 EOF
 }
 
-case $* in
-  '') ;;
-  -h | --help)
-    usage
-    exit
-    ;;
-  *) wrong_usage "$*" ;;
-esac
+no_options "$@"
 read_about
 verify

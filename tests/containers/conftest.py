@@ -198,3 +198,47 @@ def demo(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dem
         yield demo
     finally:
         demo.clear()
+
+
+# What the image is called that goes into a bundle.
+BUNDLED = "vllm-unified-test-bundle"
+
+
+class Sender:
+    """Where bundles are made: `home` has one model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        shutil.copytree(CHECKOUT / "config", self.home / "config")
+        shutil.copytree(CHECKOUT / "models/demo/minilm", self.home / "models/demo/minilm")
+        demo = json.loads((CHECKOUT / "config/models.demo.json").read_text())
+        (self.home / "config/models.json").write_text(
+            json.dumps({"models": {"embedding": demo["models"]["embedding"]}})
+        )
+
+    def make(self, version: str, *options: str) -> str:
+        environ = {**os.environ, "VLLM_UNIFIED_HOME": str(self.home), "VLLM_UNIFIED_IMAGE": f"{BUNDLED}:latest"}
+        command = ("--version", version, "--output", str(self.folder / "dist"), *options)
+        done = run(CHECKOUT / "build_offline_package.sh", *command, env=environ)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def unpack(self, version: str, into: Path) -> Path:
+        """With the parts, in their order, and the command that the making ended with."""
+        into.mkdir(exist_ok=True)
+        parts = sorted((self.folder / "dist").glob(f"knowflow-offline-{version}.tar*"))
+        subprocess.run(["sh", "-c", 'cat "$@" | tar x', "sh", *parts], cwd=into, check=True)
+        return into / "knowflow-offline"
+
+
+@pytest.fixture(scope="module")
+def bundle(sender: Sender, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first bundle of the module's own `sender`, unpacked."""
+    return sender.unpack("v1", tmp_path_factory.mktemp("bundle") / "on a stick")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it is installed."""
+    return tmp_path_factory.mktemp("opt") / "vllm unified"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT, eventually
+from tests.conftest import eventually
 from tests.containers.airgap import Airgap, airgap
-from tests.containers.conftest import Built, docker, run, timed
+from tests.containers.conftest import BUNDLED, Built, Sender, docker, run, timed
 
-NAME = "vllm-unified-test-bundle"
 # As a user does it, with the real client.
 ASK = """
 import openai, sys
@@ -38,51 +36,13 @@ def gap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airgap]:
         yield gap
 
 
-class Sender:
-    """Where bundles are made: `home` has one model."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.home = folder / "home"
-        shutil.copytree(CHECKOUT / "config", self.home / "config")
-        shutil.copytree(CHECKOUT / "models/demo/minilm", self.home / "models/demo/minilm")
-        demo = json.loads((CHECKOUT / "config/models.demo.json").read_text())
-        (self.home / "config/models.json").write_text(
-            json.dumps({"models": {"embedding": demo["models"]["embedding"]}})
-        )
-
-    def make(self, version: str, *options: str) -> str:
-        environ = {**os.environ, "VLLM_UNIFIED_HOME": str(self.home), "VLLM_UNIFIED_IMAGE": f"{NAME}:latest"}
-        command = ("--version", version, "--output", str(self.folder / "dist"), *options)
-        done = run(CHECKOUT / "build_offline_package.sh", *command, env=environ)
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        return done.stdout
-
-    def unpack(self, version: str, into: Path) -> Path:
-        """With the parts, in their order, and the command that the making ended with."""
-        into.mkdir(exist_ok=True)
-        parts = sorted((self.folder / "dist").glob(f"knowflow-offline-{version}.tar*"))
-        subprocess.run(["sh", "-c", 'cat "$@" | tar x', "sh", *parts], cwd=into, check=True)
-        return into / "knowflow-offline"
-
-
 @pytest.fixture(scope="module")
 def sender(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Sender:
-    docker("tag", built.image, f"{NAME}:latest")
+    docker("tag", built.image, f"{BUNDLED}:latest")
     sender = Sender(tmp_path_factory.mktemp("sender"))
     with timed("the bundle made"):
         sender.make("v1", "--split", "400M")
     return sender
-
-
-@pytest.fixture(scope="module")
-def bundle(sender: Sender, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sender.unpack("v1", tmp_path_factory.mktemp("bundle") / "on a stick")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("opt") / "vllm unified"
 
 
 def key(gap: Airgap) -> str:
@@ -148,7 +108,7 @@ def test_an_install_that_was_killed_goes_on(gap: Airgap, bundle: Path, site: Pat
     with timed("the bundle installed, without verifying it"):
         said = gap.done(bundle / "install.sh", "--to", site, "--no-verify")
     assert "start it:" in said
-    assert images(gap) == [f"{NAME}:v1"]
+    assert images(gap) == [f"{BUNDLED}:v1"]
     again = gap.done(bundle / "install.sh", "--to", site)
     assert "is loaded already" in again
     assert "v1 is installed; what is missing of it is added" in again
@@ -168,8 +128,8 @@ def test_an_upgrade_keeps_all_that_is_the_deployments(gap: Airgap, sender: Sende
     (site / "config/models.json").write_text((site / "config/models.json").read_text() + "\n")
     mine = (site / "config/models.json").read_text()
     (site / ".env").write_text("# mine\n")
-    command = ("docker", "build", "--quiet", "--tag", f"{NAME}:latest", "-")
-    assert run(*command, input=f"FROM {NAME}:latest\nLABEL next=yes\n").returncode == 0
+    command = ("docker", "build", "--quiet", "--tag", f"{BUNDLED}:latest", "-")
+    assert run(*command, input=f"FROM {BUNDLED}:latest\nLABEL next=yes\n").returncode == 0
     since = sender.folder / "dist/knowflow-offline-v1.SHA256SUMS"
     sender.make("v2", "--since", str(since), "--no-verify")
     assert (sender.folder / "dist/knowflow-offline-v2.tar").stat().st_size < 10_000_000
@@ -178,7 +138,7 @@ def test_an_upgrade_keeps_all_that_is_the_deployments(gap: Airgap, sender: Sende
         said = gap.done(bundle / "install.sh", "--to", site)
     assert "takes v1 to v2" in said
     assert json.loads(gap.done(site / "deploy.sh", "status", "--json"))["ready"]
-    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{NAME}:v2"]
+    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{BUNDLED}:v2"]
     assert key(gap) == before
     assert ((site / "config/models.json").read_text(), (site / ".env").read_text()) == (mine, "# mine\n")
     assert ask(gap) == "384"
@@ -187,12 +147,12 @@ def test_an_upgrade_keeps_all_that_is_the_deployments(gap: Airgap, sender: Sende
 def test_the_way_back(gap: Airgap, site: Path) -> None:
     with timed("./rollback.sh, one model"):
         gap.done(site / "rollback.sh")
-    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{NAME}:v1"]
+    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{BUNDLED}:v1"]
     assert ask(gap) == "384"
 
 
 def test_uninstall_removes_its_own_alone(gap: Airgap, bundle: Path, site: Path) -> None:
-    gap.done("docker", "tag", f"{NAME}:v1", "of-another:v1")
+    gap.done("docker", "tag", f"{BUNDLED}:v1", "of-another:v1")
     gap.done("docker", "volume", "create", "of-another")
     assert gap.run(site / "uninstall.sh").returncode == 1, "nobody can answer"
     gap.done(site / "uninstall.sh", "--force")

@@ -14,8 +14,8 @@ import pytest
 
 from tests.conftest import eventually
 from tests.containers.airgap import NAMESPACE, Airgap, airgap
-from tests.containers.conftest import run, timed
-from tests.containers.test_bundle import ASK, Sender
+from tests.containers.conftest import Sender, run, timed
+from tests.containers.test_bundle import ASK
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,6 @@ def sender(gap: Airgap, tmp_path_factory: pytest.TempPathFactory) -> Sender:
     with timed("the native bundle made, its packages collected first"):
         sender.make("v1", "--runtime", "native")
     return sender
-
-
-@pytest.fixture(scope="module")
-def bundle(sender: Sender, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sender.unpack("v1", tmp_path_factory.mktemp("bundle") / "on a stick")
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("opt") / "vllm unified"
 
 
 def key(site: Path) -> str:

@@ -221,6 +221,11 @@ class Archive:
             journal.write(f"{json.dumps(asdict(member))}\n")
         return member
 
+    def add_content(self, path: str, content: bytes) -> None:
+        """Unless an interrupted run did."""
+        if path not in self.members:
+            self.add(path, len(content), [content])
+
     def close(self) -> None:
         """As it is: another run goes on with it."""
         self.parts.close()

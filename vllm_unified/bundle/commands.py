@@ -5,12 +5,13 @@ import platform
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
 from vllm_unified import __version__
 from vllm_unified.errors import UserError
+from vllm_unified.hub.commands import HasSettings
 from vllm_unified.settings import Model, Settings
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SMALLEST_PART = 10**6
 # As Docker calls them.
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-
-
-class HasSettings(Protocol):
-    def settings(self) -> Settings: ...
 
 
 @click.command(hidden=True)

@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 import zstandard
 
-from vllm_unified.bundle.archive import BLOCK, Archive, Member
+from vllm_unified.bundle.archive import BLOCK, Archive
 from vllm_unified.errors import UserError
 
 BLOBS = "blobs/sha256/"
@@ -170,19 +170,14 @@ class Layout:
                 "Layers": [f"{BLOBS}{layer.digest}" for layer in layers],
             }
         ]
-        self._add("images/index.json", _dumped(index))
-        self._add("images/manifest.json", _dumped(old))
-        self._add("images/oci-layout", _dumped({"imageLayoutVersion": "1.0.0"}))
+        self.archive.add_content("images/index.json", _dumped(index))
+        self.archive.add_content("images/manifest.json", _dumped(old))
+        self.archive.add_content("images/oci-layout", _dumped({"imageLayoutVersion": "1.0.0"}))
 
     def _add_json(self, content: bytes) -> _Blob:
         digest = hashlib.sha256(content).hexdigest()
-        self._add(f"images/{BLOBS}{digest}", content)
+        self.archive.add_content(f"images/{BLOBS}{digest}", content)
         return _Blob(digest, len(content))
-
-    def _add(self, path: str, content: bytes) -> Member | None:
-        if path in self.archive.members:
-            return None
-        return self.archive.add(path, len(content), [content])
 
 
 @contextlib.contextmanager

@@ -145,10 +145,11 @@ def _fill(plan: Plan, archive: Archive, say: Callable[[str], None]) -> dict[str,
                 blocks = _blocks(source, progress, tick)
                 archive.add(source.place, source.size, blocks, expected=source.sha256, executable=source.executable)
             progress.done = source.size
-    _add_text(archive, ABOUT, "".join(f"{name}={shlex.quote(value)}\n" for name, value in plan.about.items()).encode())
-    _add_text(archive, SINCE, as_sums(unchanged))
+    about = "".join(f"{name}={shlex.quote(value)}\n" for name, value in plan.about.items())
+    archive.add_content(ABOUT, about.encode())
+    archive.add_content(SINCE, as_sums(unchanged))
     carried = {path: member.sha256 for path, member in archive.members.items() if path != SUMS}
-    _add_text(archive, SUMS, as_sums(carried))
+    archive.add_content(SUMS, as_sums(carried))
     return carried | unchanged
 
 
@@ -157,11 +158,6 @@ def _is_unchanged(source: Source, known: Mapping[str, str], is_there: Callable[[
         return False
     with source.path.open("rb") as file:
         return is_there(source.place, source.sha256 or hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _add_text(archive: Archive, path: str, content: bytes) -> None:
-    if path not in archive.members:
-        archive.add(path, len(content), [content])
 
 
 def _blocks(source: Source, progress: Progress, tick: Callable[[], None]) -> Iterator[bytes]:
