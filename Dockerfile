@@ -44,7 +44,8 @@ RUN --mount=type=tmpfs,target=/tmp \
 
 # HOME and USER also for a uid that the image has no name for, as with `docker run --user`.
 # Inside, everything listens; which port of the host leads there is said where it is published.
-ENV HOME=/app USER=vllm-unified VLLM_UNIFIED_HOME=/app VLLM_ROUTER_HOST=0.0.0.0 VLLM_ENGINE_HOST=0.0.0.0
+ENV HOME=/app USER=vllm-unified VLLM_UNIFIED_HOME=/app VLLM_UNIFIED_RUNTIME=docker \
+    VLLM_ROUTER_HOST=0.0.0.0 VLLM_ENGINE_HOST=0.0.0.0
 WORKDIR /app
 
 ARG DOWNLOAD_MODELS=false
