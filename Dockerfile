@@ -39,6 +39,7 @@ RUN --mount=type=tmpfs,target=/tmp \
 RUN --mount=type=tmpfs,target=/tmp \
     --mount=type=bind,source=scripts,target=/build/scripts \
     --mount=type=bind,source=config,target=/build/config \
+    --mount=type=bind,source=monitoring,target=/build/monitoring \
     --mount=type=bind,from=wheel,source=/build/dist,target=/build/dist \
     /build/scripts/install_into_image package
 
