@@ -38,6 +38,11 @@ companion_states() {
     say "$name=$(docker container inspect --format '{{if and .State.Running .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' "$id" 2>/dev/null || say gone)"
   done < <(containers '{{.ID}}')
 }
+# Of what others made, on a machine that has a network.
+pull_missing() { # IMAGE
+  has_image "$1" || docker pull --quiet "$1" >/dev/null ||
+    die "the image $1 is neither here nor to be had; on a machine with internet: docker pull $1 && docker save $1 -o image.tar, and here: docker load -i image.tar"
+}
 container_state() { docker container inspect --format '{{.State.Status}}' "$CONTAINER" 2>/dev/null || say none; }
 
 docker_pre_flight() {

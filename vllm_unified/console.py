@@ -218,7 +218,9 @@ class Status:
         guard = guard_of(settings) if documents == "running" else None
         found = rows(settings)
         usage = usage_of_all(settings, [row.state for row in found])
-        companions = {each.name: _phase(running, each.name) for each in wanted(settings) if each.name in (running or {})}
+        companions = {
+            each.name: _phase(running, each.name) for each in wanted(settings) if each.name in (running or {})
+        }
         return cls(settings, router, documents, guard, found, usage, {**companions, **containers})
 
     @property

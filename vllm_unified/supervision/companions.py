@@ -36,7 +36,6 @@ class Companion:
         path = os.pathsep.join((os.environ.get("PATH", os.defpath), *SERVER_FOLDERS))
         return next((found for name in self.binaries if (found := shutil.which(name, path=path))), None)
 
-
     def listens_on(self, settings: Settings) -> list[tuple[str, int, str]]:
         """Host, port and field of the port."""
         environment = settings.environment

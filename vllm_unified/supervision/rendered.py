@@ -33,9 +33,13 @@ def rendered_files(settings: Settings) -> dict[Path, str]:
     profiles = {"nginx", "monitoring"} if settings.in_container else {each.profile for each in wanted(settings)}
     files: dict[Path, str] = {}
     if "nginx" in profiles:
-        files |= {"nginx" / path: text for path, text in nginx_files(settings, in_container=settings.in_container).items()}
+        files |= {
+            "nginx" / path: text for path, text in nginx_files(settings, in_container=settings.in_container).items()
+        }
     if "monitoring" in profiles:
-        files |= {"prometheus" / path: text for path, text in prometheus_files(settings, settings.router_address).items()}
+        files |= {
+            "prometheus" / path: text for path, text in prometheus_files(settings, settings.router_address).items()
+        }
         files[Path("grafana/password")] = Password(settings).ensure()
     return files
 
