@@ -79,6 +79,13 @@ class Environment(BaseModel):
         description="command that serves a model in place of the vLLM beside us, as /opt/vllm/bin/vllm serve",
     )
 
+    router_name: str | None = Field(
+        default=None,
+        alias="VLLM_ROUTER_NAME",
+        pattern=r"^[A-Za-z0-9.-]+$",
+        description="the router's host name for nginx and Prometheus in containers of their own; Compose sets it",
+    )
+
     # Of the document service, under the names that its forerunners had.
     internal_api_token: str | None = Field(
         default=None,
@@ -101,6 +108,14 @@ class Environment(BaseModel):
     )
     skip_joining: bool | None = Field(
         default=None, alias="SKIP_CROSS_PAGE_MERGE", description="true: documents.join_pages is false"
+    )
+
+    nginx_host: str = Field(default="127.0.0.1", alias="VLLM_NGINX_HOST", description="address that Nginx listens on")
+    nginx_port: Port = Field(default=80, alias="VLLM_NGINX_PORT", description="Nginx' port for HTTP (default 80)")
+    nginx_tls_port: Port = Field(
+        default=443,
+        alias="VLLM_NGINX_TLS_PORT",
+        description="its port for HTTPS, where config/tls has a certificate (default 443)",
     )
 
     @property
@@ -126,7 +141,7 @@ class Environment(BaseModel):
             raise ValueError("use printable ASCII without spaces; it travels in an HTTP header")
         return value
 
-    @field_validator("router_host", "engine_host")
+    @field_validator("router_host", "engine_host", "nginx_host")
     @classmethod
     def _address(cls, value: str) -> str:
         if value != "localhost":

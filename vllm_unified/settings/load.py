@@ -40,6 +40,7 @@ from vllm_unified.settings.schema import (
     Model,
     ModelEntry,
     ModelsFile,
+    NginxSettings,
     RouterSettings,
     SystemSettings,
     Topology,
@@ -64,6 +65,7 @@ class Settings:
     router: RouterSettings
     system: SystemSettings
     documents: DocumentsSettings
+    nginx: NginxSettings
     environment: Environment
     engine_args: Mapping[str, FlagValue]
     engine_env: Mapping[str, str]
@@ -122,6 +124,22 @@ class Settings:
         return _url(self.environment.router_host, self.router.port)
 
     @property
+    def router_address(self) -> str:
+        """HOST:PORT, as nginx and Prometheus reach the router."""
+        name = self.environment.router_name
+        return f"{name}:{self.router.port}" if name else self.router_url.removeprefix("http://")
+
+    @property
+    def in_containers(self) -> bool:
+        """Whether nginx, Prometheus and Grafana have containers of their own, in place of supervisord."""
+        return self.environment.router_name is not None
+
+    @property
+    def rendered(self) -> Path:
+        """What nginx, Prometheus and Grafana read; their containers have it at the same place."""
+        return self.run / "rendered"
+
+    @property
     def documents_url(self) -> str:
         return _url("127.0.0.1", self.documents.port)
 
@@ -159,6 +177,7 @@ def load(file: Path, home: Path, environ: Mapping[str, str]) -> Settings:
         router=resolved.router(),
         system=models_file.system,
         documents=_documents(models_file.documents, environment),
+        nginx=models_file.nginx,
         environment=environment,
         engine_args=_without_fields(defaults.engine_args),
         engine_env={**_passed_on(variables, models_file, endpoint_variables), **defaults.env},
