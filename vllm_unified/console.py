@@ -408,7 +408,7 @@ def welcome_text(settings: Settings) -> str:
 
 
 def _companions(settings: Settings) -> Iterator[str]:
-    for each in wanted(settings) if settings.in_container else supervised(settings):
+    for each in wanted(settings) if settings.in_containers else supervised(settings):
         yield f"{each.title:<12} {each.url(settings)}"
         if each is GRAFANA:
             password = Password(settings)

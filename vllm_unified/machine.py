@@ -41,7 +41,7 @@ def problems_of_machine(settings: Settings, *, coming: Collection[Model], runnin
 
 def notes_of_machine(settings: Settings) -> Iterator[str]:
     """What is not as it was asked for, and keeps nothing from starting."""
-    if not settings.in_container and GRAFANA in wanted(settings) and GRAFANA not in supervised(settings):
+    if not settings.in_containers and GRAFANA in wanted(settings) and GRAFANA not in supervised(settings):
         yield (
             "Grafana is not installed, and no distribution has it: Prometheus runs without it. "
             "https://grafana.com/grafana/download has packages"
@@ -50,7 +50,7 @@ def notes_of_machine(settings: Settings) -> Iterator[str]:
 
 def _missing_programs(settings: Settings) -> Iterator[Problem]:
     """A package starts a service of its own, which takes the port."""
-    if settings.in_container:
+    if settings.in_containers:
         return
     here = supervised(settings)
     for each in wanted(settings):

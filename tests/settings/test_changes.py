@@ -51,7 +51,7 @@ def test_no_field_is_forgotten() -> None:
         "home",
         "file",
         "endpoint_variables",
-        "in_container",
+        "in_containers",
     }
 
 

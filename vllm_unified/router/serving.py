@@ -26,6 +26,7 @@ from vllm_unified.router.keys import KeyRing
 from vllm_unified.router.machine import Machine
 from vllm_unified.router.metrics import Metrics
 from vllm_unified.router.problems import RequestError
+from vllm_unified.router.proxies import FORWARDED_FOR, TrustedProxies
 from vllm_unified.router.record import Record
 from vllm_unified.router.registry import Registry
 from vllm_unified.router.regularly import regularly
@@ -61,6 +62,7 @@ class Router:
         self.max_upload_bytes = (settings.documents.max_upload_mib + documents.FORM_MIB) << 20
         self.documents = Documents(self.forwarding, settings.documents_url, settings.require_api_key())
         self.app: ASGIApp | None = None
+        self.proxies = TrustedProxies(settings.router.trusted_proxies)
         self.server = Server(self)
         self.access_log = AccessLog(sys.stdout.buffer)
         self.metrics = Metrics(
@@ -79,6 +81,7 @@ class Router:
         self.registry.apply(settings)
         self.max_body_bytes = self.forwarding.max_body_bytes = settings.router.max_body_mib << 20
         self.forwarding.retries = settings.router.retries
+        self.proxies = TrustedProxies(settings.router.trusted_proxies)
         self._take_notes()
 
     def _take_notes(self) -> None:
@@ -92,6 +95,8 @@ class Router:
     # --- a request, from its head on ---
 
     def admit(self, request: Request) -> None:
+        if FORWARDED_FOR in request.fields:
+            request.peer = self.proxies.client_of(request.peer, request.fields[FORWARDED_FOR])
         path = request.path
         if path in OPEN_PATHS or _is_preflight(request):
             return

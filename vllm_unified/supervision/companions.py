@@ -150,6 +150,6 @@ def wanted(settings: Settings) -> list[Companion]:
 
 def supervised(settings: Settings) -> dict[Companion, str]:
     """Those that supervisord runs, and the paths of their binaries; what is not installed is left out."""
-    if settings.in_container:
+    if settings.in_containers:
         return {}
     return {each: binary for each in wanted(settings) if (binary := each.binary())}

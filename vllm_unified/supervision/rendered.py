@@ -30,11 +30,11 @@ def write_rendered(settings: Settings) -> None:
 
 def rendered_files(settings: Settings) -> dict[Path, str]:
     """By their paths from run/rendered."""
-    profiles = {"nginx", "monitoring"} if settings.in_container else {each.profile for each in wanted(settings)}
+    profiles = {"nginx", "monitoring"} if settings.in_containers else {each.profile for each in wanted(settings)}
     files: dict[Path, str] = {}
     if "nginx" in profiles:
         files |= {
-            "nginx" / path: text for path, text in nginx_files(settings, in_container=settings.in_container).items()
+            "nginx" / path: text for path, text in nginx_files(settings).items()
         }
     if "monitoring" in profiles:
         files |= {
