@@ -256,6 +256,10 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
     "COMPOSE_PROFILES": ("nginx", lambda settings: [each.name for each in wanted(settings)]),
+    # Seen at work in tests/nginx.
+    "VLLM_NGINX_HOST": ("0.0.0.0", lambda settings: settings.environment.nginx_host),
+    "VLLM_NGINX_PORT": ("8080", lambda settings: settings.nginx_url),
+    "VLLM_NGINX_TLS_PORT": ("8443", lambda settings: settings.environment.nginx_tls_port),
     "VLLM_MONITORING_HOST": ("0.0.0.0", command_of(PROMETHEUS)),
     "VLLM_PROMETHEUS_PORT": ("9091", command_of(PROMETHEUS)),
     "VLLM_GRAFANA_PORT": ("3001", command_of(GRAFANA)),

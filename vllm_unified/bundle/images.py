@@ -42,9 +42,7 @@ def inspect(image: str, name: str) -> Image:
     asked = ["docker", "image", "inspect", "--format", "{{.Id}} {{.Size}} {{.Architecture}}", image]
     done = subprocess.run(asked, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(
-            f"{image}: {done.stderr.strip().splitlines()[-1]}; ./build.sh makes ours, docker pull brings others"
-        )
+        raise UserError(f"{image}: {done.stderr.strip().splitlines()[-1]}; ./build.sh makes ours, docker pull others")
     image_id, size, architecture = done.stdout.split()
     return Image(name, image_id, int(size), architecture)
 

@@ -142,6 +142,7 @@ GRAFANA = Companion(
     priority=300,
 )
 COMPANIONS = (NGINX, PROMETHEUS, GRAFANA)
+BY_NAME = {each.name: each for each in COMPANIONS}
 
 
 def wanted(settings: Settings) -> list[Companion]:
