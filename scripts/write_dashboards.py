@@ -20,8 +20,6 @@ from grafana_foundation_sdk.models.dashboard import (
     DataTransformerConfig,
     DynamicConfigValue,
     FieldColorModeId,
-    SpecialValueMap,
-    SpecialValueMatch,
     Threshold,
     ThresholdsMode,
     ValueMap,

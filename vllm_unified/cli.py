@@ -360,7 +360,9 @@ def _refusal(code: int, said: str) -> str:
 
 
 @cli.command()
-@click.option("--hours", type=click.FloatRange(min=0.1, max=24 * 366), default=6.0, show_default=True, help="The last ones.")
+@click.option(
+    "--hours", type=click.FloatRange(min=0.1, max=24 * 366), default=6.0, show_default=True, help="The last ones."
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -373,8 +375,7 @@ def _refusal(code: int, said: str) -> str:
 @click.option("--stream", is_flag=True, hidden=True, help="To standard output, in the form that FILE names.")
 @click.pass_obj
 def report(project: Project, hours: float, output: Path, url: str | None, stream: bool) -> None:
-    """Draw the charts of the dashboards for the last hours: models, alerts, latency, tokens, cache, GPUs, documents, keys.
-    Exits with 3 where no Prometheus answers.
+    """Draw the charts of the last hours, as Grafana shows them. Exits with 3 where no Prometheus answers.
 
     \b
     vllm-unified report                                    a page, of the last six hours
@@ -388,7 +389,7 @@ def report(project: Project, hours: float, output: Path, url: str | None, stream
     from vllm_unified.monitoring.report import page, picture
 
     end = time.time()
-    url = url or f"http://127.0.0.1:{project.running_settings().environment.prometheus_port}"
+    url = url or project.running_settings().prometheus_url
     try:
         seen = history(Prometheus(url, Span(end - hours * 3600, end)), whole=output.suffix == ".html")
     except NoAnswerError as error:

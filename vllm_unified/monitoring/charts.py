@@ -12,7 +12,7 @@ PREFIX = "vllm-unified"
 
 
 class Kind(StrEnum):
-    """TIMELINE shows for each series when it was in which state, BARS a number for each, TABLE a line for each model."""
+    """TIMELINE shows when each series was in which state, BARS a number for each, TABLE a line for each model."""
 
     TIMESERIES = "timeseries"
     STAT = "stat"
@@ -111,7 +111,9 @@ def increase(counter: str, selector: str = "", by: str = "model") -> str:
     return f"sum by ({by}) (increase({counter}{_braces(selector)}[$__range]))"
 
 
-def quantile(share: float, histogram: str, selector: str = "", by: str = "model", over: str = "$__rate_interval") -> str:
+def quantile(
+    share: float, histogram: str, selector: str = "", by: str = "model", over: str = "$__rate_interval"
+) -> str:
     labels = f"{by}, le" if by else "le"
     return f"histogram_quantile({share:g}, sum by ({labels}) (rate({histogram}_bucket{_braces(selector)}[{over}])))"
 
@@ -210,9 +212,7 @@ MODELS = Chart(
         Query(f"avg by (model) (avg_over_time({OURS}_model_ready[$__range]))", "Ready", "percentunit"),
         Query(increase(f"{OURS}_requests_total", KNOWN), "Requests"),
         Query(increase(f"{OURS}_errors_total", f"{KNOWN},{FAILED}"), "Failed"),
-        Query(
-            quantile(0.95, f"{OURS}_time_to_first_byte_seconds", KNOWN, over="$__range"), "First byte, p95", "s"
-        ),
+        Query(quantile(0.95, f"{OURS}_time_to_first_byte_seconds", KNOWN, over="$__range"), "First byte, p95", "s"),
         Query(increase(f"{OURS}_tokens_total", KNOWN), "Tokens"),
         Query(largest(f"{OURS}_estimated_wait_seconds"), "Wait now", "s"),
         Query("max by (model) (max_over_time(vllm:kv_cache_usage_perc[$__range]))", "KV cache, most", "percentunit"),
@@ -251,8 +251,13 @@ OVERVIEW = Dashboard(
                 Chart(
                     "Failed requests",
                     "percentunit",
-                    (Query(f"{rate(f'{OURS}_errors_total', f'{KNOWN},{FAILED}')} / {rate(f'{OURS}_requests_total', KNOWN)}"),),
-                    "Errors of the router and of engines, not of clients. `./deploy.sh logs MODEL` says what they were.",
+                    (
+                        Query(
+                            f"{rate(f'{OURS}_errors_total', f'{KNOWN},{FAILED}')}"
+                            f" / {rate(f'{OURS}_requests_total', KNOWN)}"
+                        ),
+                    ),
+                    "Errors of the router and of engines, not of clients: `./deploy.sh logs MODEL` has them.",
                     limits=(0.01, 0.05),
                 ),
                 Chart(
@@ -449,7 +454,10 @@ MODEL = Dashboard(
                     (
                         Query(f"sum(vllm:num_requests_running{{{ONE_MODEL}}})", "running in the engine"),
                         Query(f"sum(vllm:num_requests_waiting{{{ONE_MODEL}}})", "waiting in the engine"),
-                        Query(f"sum({OURS}_queued{{{ONE_MODEL}}}) + sum({OURS}_waiting{{{ONE_MODEL}}})", "waiting in the router"),
+                        Query(
+                            f"sum({OURS}_queued{{{ONE_MODEL}}}) + sum({OURS}_waiting{{{ONE_MODEL}}})",
+                            "waiting in the router",
+                        ),
                     ),
                     "Waiting in the engine means that its cache or its batch is full.",
                 ),
@@ -484,7 +492,7 @@ MODEL = Dashboard(
                     "Preemptions",
                     "ops",
                     (Query(rate("vllm:num_preemptions_total", ONE_MODEL), "preemptions"),),
-                    "Requests whose cache was taken; their prompts are read again: the KV cache is too small for the load.",
+                    "Requests whose cache was taken, to be read again: the KV cache is too small for the load.",
                 ),
                 Chart(
                     "Memory",
@@ -557,7 +565,11 @@ GPUS = Dashboard(
                 Chart(
                     "Cards",
                     "bytes",
-                    (Query(f"{OURS}_gpu_memory_bytes * on (gpu) group_left (name) {OURS}_gpu_info", "{{gpu}} {{name}}"),),
+                    (
+                        Query(
+                            f"{OURS}_gpu_memory_bytes * on (gpu) group_left (name) {OURS}_gpu_info", "{{gpu}} {{name}}"
+                        ),
+                    ),
                     "The GPUs of this deployment, and the memory of each.",
                     Kind.BARS,
                 ),
@@ -580,7 +592,7 @@ GPUS = Dashboard(
                     "Utilization",
                     "percentunit",
                     (Query(f"{OURS}_gpu_utilization_ratio", "GPU {{gpu}}"),),
-                    "The share of the time in which a kernel ran. Requests that wait beside idle cards: look at the engine.",
+                    "The share of the time in which a kernel ran. Idle cards while requests wait: look at the engine.",
                     top=1,
                 ),
                 Chart(
@@ -608,7 +620,7 @@ GPUS = Dashboard(
                     "short",
                     (
                         Query(
-                            f'sum by (mode) (rate({OURS}_host_cpu_seconds_total{{mode!="idle"}}[$__rate_interval]))',
+                            rate(f"{OURS}_host_cpu_seconds_total", 'mode!~"idle|iowait|guest.*"', by="mode"),
                             "{{mode}}",
                         ),
                     ),
@@ -742,7 +754,12 @@ DOCUMENT_SERVICE = Dashboard(
                 Chart(
                     "Documents finished",
                     "ops",
-                    (Query(f"sum by (state) (rate({DOCUMENTS}_documents_finished_total[$__rate_interval]))", "{{state}}"),),
+                    (
+                        Query(
+                            f"sum by (state) (rate({DOCUMENTS}_documents_finished_total[$__rate_interval]))",
+                            "{{state}}",
+                        ),
+                    ),
                     "failed: GET /api/tasks/ID says why.",
                     stacked=True,
                 ),

@@ -189,7 +189,9 @@ def _draw_timeline(axes: Axes, chart: Chart, lines: Sequence[Line], look: Look) 
     axes.grid(visible=False)
     _time_axis(axes, look)
     if len(chart.states) > 1:
-        _legend(axes, [Patch(color=colours[value]) for value, _, _ in chart.states], [name for _, name, _ in chart.states])
+        _legend(
+            axes, [Patch(color=colours[value]) for value, _, _ in chart.states], [name for _, name, _ in chart.states]
+        )
 
 
 def _draw_heatmap(axes: Axes, chart: Chart, lines: Sequence[Line], look: Look) -> None:
@@ -197,7 +199,10 @@ def _draw_heatmap(axes: Axes, chart: Chart, lines: Sequence[Line], look: Look) -
     lines = sorted(lines, key=lambda line: float(line.name))
     counts = [[0 if math.isnan(value) else value for value in line.values] for line in lines]
     own = [
-        [max(0.0, here - below) for here, below in zip(counts[at], counts[at - 1] if at else [0] * len(counts[0]), strict=True)]
+        [
+            max(0.0, here - below)
+            for here, below in zip(counts[at], counts[at - 1] if at else [0] * len(counts[0]), strict=True)
+        ]
         for at in range(len(counts))
     ]
     filled = [at for at, row in enumerate(own) if max(row) > 0] or [0]
@@ -225,14 +230,15 @@ DRAWN: Mapping[Kind, Draw] = {
 def colour_of(chart: Chart, value: float) -> str | None:
     """By the chart's states or limits; None where it has none, or nothing was measured."""
     states: dict[int, str] = {number: colour for number, _, colour in chart.states}
-    if math.isnan(value) or not (chart.limits or states):
+    if math.isnan(value):
         return None
-    if states:
-        return states.get(round(value))
-    assert chart.limits
+    if not chart.limits:
+        return states.get(round(value)) if states else None
     warning, bad = chart.limits
     sign = -1 if bad < warning else 1
-    reached = [colour for limit, colour in ((bad, Colour.BAD), (warning, Colour.WARNING)) if sign * value >= sign * limit]
+    reached = [
+        colour for limit, colour in ((bad, Colour.BAD), (warning, Colour.WARNING)) if sign * value >= sign * limit
+    ]
     return reached[0] if reached else Colour.GOOD
 
 
@@ -249,7 +255,9 @@ def _scale_axis(axes: Axes, chart: Chart, highest: float) -> None:
     top = top or scale.factor  # nothing but zeros: a line at the bottom
     axes.set_ylim(0, top * 1.02)
     ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / scale.factor)
-    axes.yaxis.set_major_locator(FixedLocator([tick * scale.factor for tick in ticks if tick * scale.factor <= top * 1.02]))
+    axes.yaxis.set_major_locator(
+        FixedLocator([tick * scale.factor for tick in ticks if tick * scale.factor <= top * 1.02])
+    )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scale.text(value)))
 
 

@@ -45,7 +45,9 @@ class Seen:
     @property
     def is_zero(self) -> bool:
         """Nothing of what it counts happened."""
-        return self.chart.kind in (Kind.TIMESERIES, Kind.HEATMAP) and not any(map(any, (line.finite for line in self.lines)))
+        return self.chart.kind in (Kind.TIMESERIES, Kind.HEATMAP) and not any(
+            map(any, (line.finite for line in self.lines))
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def _names(found: Sequence[Series]) -> list[str]:
 
 def _section(prometheus: Prometheus, dashboard: Dashboard, model: str) -> Section:
     parts = [
-        Part(row.title, [Seen(chart, _lines(prometheus, chart, model)) for chart in row.charts]) for row in dashboard.rows
+        Part(row.title, [Seen(chart, _lines(prometheus, chart, model)) for chart in row.charts])
+        for row in dashboard.rows
     ]
     return Section(dashboard, parts, model)
 
@@ -122,7 +125,9 @@ def _lines(prometheus: Prometheus, chart: Chart, model: str) -> list[Line]:
 
 def _rows(prometheus: Prometheus, chart: Chart) -> list[Line]:
     """A line for each model, with a value for each query."""
-    columns = [{series.name("{{model}}"): series.values[0] for series in prometheus.now(query)} for query in chart.queries]
+    columns = [
+        {series.name("{{model}}"): series.values[0] for series in prometheus.now(query)} for query in chart.queries
+    ]
     models = sorted({model for column in columns for model in column})
     return [Line(model, [column.get(model, math.nan) for column in columns]) for model in models]
 

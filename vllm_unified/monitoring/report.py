@@ -26,20 +26,27 @@ main { max-width: 1280px; margin: 0 auto; padding: 28px 24px 60px; }
 h1 { font-size: 26px; margin: 0; }
 h2 { font-size: 20px; margin: 40px 0 2px; }
 h3 { font-size: 13px; margin: 22px 0 8px; color: var(--faint); text-transform: uppercase; letter-spacing: .05em; }
+h4 { font-size: 14px; margin: 0 0 4px; }
 p { margin: 2px 0 0; color: var(--faint); }
-nav { margin-top: 12px; } nav a { margin-right: 18px; color: #0072b2; text-decoration: none; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 14px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 14px; }
-figure, .tile, .card { background: #fff; border: 1px solid var(--rule); border-radius: 8px; margin: 0; padding: 12px 14px; }
-figure h4 { margin: 0 0 4px; font-size: 14px; } figcaption { color: var(--faint); font-size: 12.5px; }
+nav { margin-top: 12px; }
+nav a { margin-right: 18px; color: #0072b2; text-decoration: none; }
+.grid, .tiles { display: grid; gap: 14px; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); }
+.tiles { grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); margin-bottom: 14px; }
+figure, .tile, .card { background: #fff; border: 1px solid var(--rule); border-radius: 8px; margin: 0; }
+figure, .tile { padding: 12px 14px; }
+figcaption, .tile span { color: var(--faint); font-size: 13px; }
 svg { width: 100%; height: auto; display: block; }
-.tile b { display: block; font-size: 24px; line-height: 1.3; font-weight: 600; } .tile span { color: var(--faint); font-size: 13px; }
-.card { overflow-x: auto; margin-top: 10px; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: right; color: var(--faint); font-weight: 500; font-size: 13px; } td { text-align: right; }
-th, td { padding: 6px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-tr:last-child td { border-bottom: 0; } .left th, .left td, th:first-child, td:first-child { text-align: left; }
+.tile b { display: block; font-size: 24px; line-height: 1.3; font-weight: 600; }
+.card { overflow-x: auto; margin-top: 10px; padding: 6px 4px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th { color: var(--faint); font-weight: 500; font-size: 13px; }
+th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+tr:last-child td { border-bottom: 0; }
+.left th, .left td, th:first-child, td:first-child { text-align: left; }
 .mark { color: #fff; border-radius: 4px; padding: 1px 8px; }
-details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; }
+details { margin-top: 12px; }
+summary { cursor: pointer; font-weight: 600; }
 .quiet { margin-top: 10px; font-size: 13px; }
 """
 # Whatever a label says, nothing of the page can run or fetch anything.
@@ -59,7 +66,10 @@ def page(seen: History) -> str:
         E.p(_which_models(seen)),
         *about_models,
         *(element for section in sections[1:] for element in section),
-        E.p({"class": "quiet"}, f"vllm-unified {__version__}; the same charts, live: Grafana, with COMPOSE_PROFILES=monitoring"),
+        E.p(
+            {"class": "quiet"},
+            f"vllm-unified {__version__}; the same charts, live: Grafana, with COMPOSE_PROFILES=monitoring",
+        ),
     )
     head = E.head(
         E.meta({"charset": "utf-8"}),
@@ -107,9 +117,11 @@ def _look(seen: History) -> Look:
 def _span(seen: History, look: Look) -> str:
     start, end = (datetime.fromtimestamp(at, look.zone) for at in (seen.span.start, seen.span.end))
     same_day = start.date() == end.date()
-    return f"{start:%Y-%m-%d %H:%M} to {end:%H:%M}" + (
-        f" ({end:%Z})" if same_day else f" on {end:%Y-%m-%d} ({end:%Z})"
-    ) + f", {shown(seen.span.seconds, 's')}"
+    return (
+        f"{start:%Y-%m-%d %H:%M} to {end:%H:%M}"
+        + (f" ({end:%Z})" if same_day else f" on {end:%Y-%m-%d} ({end:%Z})")
+        + f", {shown(seen.span.seconds, 's')}"
+    )
 
 
 def _which_models(seen: History) -> str:
@@ -224,7 +236,9 @@ def _quiet(section: Section) -> Iterator[etree._Element]:
 
 
 def _alert_cells(alert: Alert, look: Look) -> list[str]:
-    start, end = (f"{datetime.fromtimestamp(at or look.span.end, look.zone):%m-%d %H:%M}" for at in (alert.start, alert.end))
+    start, end = (
+        f"{datetime.fromtimestamp(at or look.span.end, look.zone):%m-%d %H:%M}" for at in (alert.start, alert.end)
+    )
     lasted = shown((alert.end or look.span.end) - alert.start, "s")
     return [alert.name, alert.about, alert.severity, start, end if alert.end else "still firing", lasted]
 
@@ -240,7 +254,12 @@ def _draw_head(axes: Axes, seen: History, look: Look, tiles: Sequence[Seen]) -> 
         left = at / len(tiles)
         value = each.lines[0].values[0] if each.lines else math.nan
         axes.text(
-            left, 0.36, _told(each.chart, value), fontsize=15, color=colour_of(each.chart, value) or INK, transform=axes.transAxes
+            left,
+            0.36,
+            _told(each.chart, value),
+            fontsize=15,
+            color=colour_of(each.chart, value) or INK,
+            transform=axes.transAxes,
         )
         axes.text(left, 0.12, each.chart.title, color=FAINT, transform=axes.transAxes)
 
@@ -267,7 +286,9 @@ def _alerts_height(seen: History) -> float:
 def _draw_alerts(axes: Axes, alerts: Sequence[Alert], look: Look) -> None:
     axes.set_axis_off()
     axes.set_title("Alerts")
-    lines = ["   ".join(cell for cell in _alert_cells(alert, look) if cell) for alert in alerts[:MOST_ALERTS_IN_PICTURE]]
+    lines = [
+        "   ".join(cell for cell in _alert_cells(alert, look) if cell) for alert in alerts[:MOST_ALERTS_IN_PICTURE]
+    ]
     if len(alerts) > MOST_ALERTS_IN_PICTURE:
         lines.append(f"{len(alerts) - MOST_ALERTS_IN_PICTURE} more")
     axes.set_ylim(len(lines), 0)

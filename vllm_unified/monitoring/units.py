@@ -22,11 +22,16 @@ class Scale:
 
 
 def _binary(unit: str) -> tuple[Scale, ...]:
-    return tuple(Scale(1024.0**power, 1024.0**power, f" {prefix}{unit}") for power, prefix in enumerate(("", "Ki", "Mi", "Gi", "Ti")))
+    return tuple(
+        Scale(1024.0**power, 1024.0**power, f" {prefix}{unit}")
+        for power, prefix in enumerate(("", "Ki", "Mi", "Gi", "Ti"))
+    )
 
 
 def _decimal(unit: str) -> tuple[Scale, ...]:
-    return tuple(Scale(1000.0**power, 1000.0**power, f"{prefix}{unit}") for power, prefix in enumerate(("", "k", "M", "G")))
+    return tuple(
+        Scale(1000.0**power, 1000.0**power, f"{prefix}{unit}") for power, prefix in enumerate(("", "k", "M", "G"))
+    )
 
 
 # By Grafana's ids. The first scale of each is that of the smallest numbers.
