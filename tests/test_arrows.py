@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors", "state", "settings"},
     "bundle": {"errors", "settings", "hub"},
     "backup": {"errors", "hub"},
-    "machine": BASE | {"settings", "engines", "hub"},
+    "machine": BASE | {"settings", "engines", "hub", "supervision"},
     "console": BASE | {"settings", "engines", "supervision"},
     "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},

@@ -46,7 +46,7 @@ def test_no_field_is_forgotten() -> None:
     assert LIVE_ROUTER_FIELDS.isdisjoint(RESTART_ROUTER_FIELDS)
     compared = {"models", "disabled", "router", "system", "documents", "environment", "engine_args", "engine_env"}
     # Those of a deployment stay, and the keys that the variables hold stand in `models`.
-    assert {field.name for field in fields(Settings)} == {*compared, "home", "file", "endpoint_variables"}
+    assert {field.name for field in fields(Settings)} == {*compared, "home", "file", "endpoint_variables", "in_container"}
 
 
 def test_nothing_has_changed(project: Project) -> None:
