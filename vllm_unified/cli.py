@@ -371,6 +371,50 @@ def _refusal(code: int, said: str) -> str:
 
 
 @cli.command()
+@click.option(
+    "--hours", type=click.FloatRange(min=0.1, max=24 * 366), default=6.0, show_default=True, help="The last ones."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="vllm-unified-report.html",
+    show_default=True,
+    metavar="FILE",
+    help="A page as FILE.html, with every chart; or a picture as FILE.png, of the overview.",
+)
+@click.option("--prometheus", "url", metavar="URL", help="Where it is (default http://127.0.0.1:VLLM_PROMETHEUS_PORT).")
+@click.option("--stream", is_flag=True, hidden=True, help="To standard output, in the form that FILE names.")
+@click.pass_obj
+def report(project: Project, hours: float, output: Path, url: str | None, stream: bool) -> None:
+    """Draw the charts of the last hours, as Grafana shows them. Exits with 3 where no Prometheus answers.
+
+    \b
+    vllm-unified report                                    a page, of the last six hours
+    vllm-unified report --hours 24 --output day.html
+    vllm-unified report --output now.png --hours 1
+    """
+    if output.suffix not in (".html", ".png"):
+        raise click.UsageError(f"--output {output}: say FILE.html for a page or FILE.png for a picture")
+    from vllm_unified.monitoring.history import history
+    from vllm_unified.monitoring.prometheus import NoAnswerError, Prometheus, Span
+    from vllm_unified.monitoring.report import page, picture
+
+    end = time.time()
+    url = url or project.running_settings().prometheus_url
+    try:
+        seen = history(Prometheus(url, Span(end - hours * 3600, end)), whole=output.suffix == ".html")
+    except NoAnswerError as error:
+        click.echo(f"{error}; COMPOSE_PROFILES=monitoring in .env turns it on, with ./deploy.sh restart", err=True)
+        sys.exit(NOT_RUNNING)
+    content = page(seen).encode() if output.suffix == ".html" else picture(seen)
+    if stream:
+        sys.stdout.buffer.write(content)
+    else:
+        output.write_bytes(content)
+        click.echo(f"wrote {output}")
+
+
+@cli.command()
 @click.argument("name", required=False)
 @click.option("--timeout", type=click.FloatRange(min=1), default=1800.0, show_default=True, help="Seconds.")
 @click.pass_obj
