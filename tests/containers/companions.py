@@ -1,5 +1,5 @@
-"""Stand-ins for the images of nginx, Prometheus and Grafana, where those are not to be had: a minimal Debian with its own
-nginx and Prometheus. Users, folders and entry points are those of the true ones.
+"""Stand-ins for the images of nginx, Prometheus and Grafana, where those are not to be had: a minimal Debian with its
+own nginx and Prometheus. Users, folders and entry points are those of the true ones.
 
 Grafana is not in Debian. Its stand-in reads what the true one reads, under the same user, and asks for the password.
 """
@@ -45,7 +45,7 @@ http {
   }
 }
 """
-FOLDERS = """
+FOLDERS = """\
 mkdir -p "$1/prometheus" "$1/var/lib/grafana" "$1/etc/grafana"
 chown 65534:65534 "$1/prometheus"
 chown 472:0 "$1/var/lib/grafana"
