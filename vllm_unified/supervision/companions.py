@@ -44,7 +44,8 @@ class Companion:
 
 
 def nginx_command(settings: Settings, binary: str) -> list[str]:
-    return [binary, "-c", str(settings.rendered / "nginx" / "nginx.conf"), "-g", "daemon off;"]
+    conf = settings.rendered / "nginx" / "nginx.conf"
+    return [binary, "-e", "stderr", "-c", str(conf), "-g", "daemon off;"]
 
 
 def prometheus_command(settings: Settings, binary: str) -> list[str]:
