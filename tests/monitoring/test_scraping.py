@@ -97,7 +97,7 @@ def test_targets_come_by_themselves_and_a_dead_engine_is_an_alert(deployed: Relo
     assert prometheus.ask("vllm:num_requests_running").keys() == {("chat", "chat"), ("embedding", "vectors")}
     ready = {("router", "chat"): 1.0, ("router", "vectors"): 1.0}
     assert prometheus.ask('vllm_unified_engine_phase{phase="ready"}') == ready
-    assert prometheus.ask('ALERTS{alertname!="DiskFilling"}') == {}
+    eventually(lambda: prometheus.ask('ALERTS{alertname=~"(Model|Router).*"}') == {})  # once the router was found
 
     deployed.engine("late", **slow)
     assert deployed.reload().returncode == 0
