@@ -30,7 +30,7 @@ usage: ./deploy.sh VERB [options]
                                   restart
   status [--json | --watch]       what runs; exit code 0 when all is ready, 3 when not
   logs [MODEL] [--follow] [--lines N]
-                                  what a model (or router) wrote last; without MODEL, all
+                                  what a model (or router, nginx, prometheus, grafana) wrote last; without MODEL, all
   health                          the router's own report; exit code 0 when healthy
   selftest [--json]               golden questions to every model; exit code 1 when one answers wrongly, 3 when it
                                   does not run
@@ -175,11 +175,14 @@ verb_reload() {
   must_answer
   lock
   cli reload "$@"
+  reload_companions
 }
 
 verb_status() {
   must_answer
-  cli status "$@"
+  local states=() # of containers that ours can't see
+  if [[ $RUNTIME == docker ]]; then mapfile -t states < <(companion_states); fi
+  cli status "${states[@]/#/--container=}" "$@"
 }
 
 verb_logs() {
@@ -197,6 +200,7 @@ verb_logs() {
     esac
     shift
   done
+  if logs_of_container "$lines" "${#follow[@]}" "${names[@]}"; then return; fi
   local folder name files=()
   folder=$(run_folder)/logs
   for name in "${names[@]}"; do
@@ -393,10 +397,32 @@ welcome() {
   if [[ $RUNTIME == docker ]]; then
     local name
     name=$(docker container inspect --format '{{slice .Name 1}}' "$CONTAINER")
-    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $name &|; s|(in $IN_CONTAINER/.env)|(docker exec $name cat data/.env)|"
+    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $name &|
+      s|(in $IN_CONTAINER/.env)|(docker exec $name cat data/.env)|
+      s|in $IN_CONTAINER/\(data/grafana.password\)|docker exec $name cat \1|"
   else
     cli welcome
   fi
+}
+# nginx and Prometheus take up what `reload` has rendered; a configuration that they refuse leaves them as they are.
+reload_companions() {
+  local name id
+  for name in nginx prometheus; do
+    if [[ $RUNTIME == docker ]]; then
+      id=$(companion "$name")
+      if [[ -n $id ]]; then docker kill --signal HUP "$id" >/dev/null; fi
+    elif supervisorctl status "$name" >/dev/null; then
+      supervisorctl signal HUP "$name" >/dev/null
+    fi
+  done
+}
+# Those that are in a container of their own have no log among ours.
+logs_of_container() { # LINES FOLLOWS NAMES…
+  local id='' options=(--tail "$1")
+  [[ $RUNTIME == docker && $# == 3 ]] && id=$(companion "$3")
+  [[ -n $id ]] || return 1
+  if (($2)); then options+=(--follow); fi
+  docker logs "${options[@]}" "$id"
 }
 running_config() { inside cat "$(run_folder)/config"; }
 config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG
@@ -505,7 +531,7 @@ is_running() {
 
 stop_all() {
   if [[ $RUNTIME == docker ]]; then
-    compose down
+    compose_down
     return
   fi
   local pid
@@ -528,7 +554,8 @@ remove_state() {
       flock "$lock" true
     fi
   done
-  rm -rf -- "$run/engines" "$run/locks" "$run/supervisor.sock" "$run/supervisord.pid" "$run/config" "$run/placement.json"
+  rm -rf -- "$run/engines" "$run/locks" "$run/rendered" "$run/nginx" "$run/supervisor.sock" "$run/supervisord.pid" \
+    "$run/config" "$run/placement.json"
 }
 
 # One deploy.sh at a time changes something. The lock is on the folder itself, so none is left behind.

@@ -14,6 +14,7 @@ from vllm_unified.settings import Model, Settings
 # The program's own files: what runs in both runtimes, and what only a host without Docker needs of it.
 PROGRAM = (
     *(".env.example", "CHANGELOG.md", "LICENSE", "README.md", "README.zh.md", "deploy.sh", "docs", "config"),
+    "monitoring",
     *("docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.demo.yml"),
     *("scripts/lib.sh", "scripts/docker.sh", "scripts/versions.env", "scripts/offline"),
 )

@@ -267,7 +267,7 @@ class Jobs:
     """Between `start` and `stop` it works on what the store has. All methods belong to one event loop.
 
     `limit()`: how many pages may be in flight; asked before each start, 0 is a pause. `note(page)`: told of each page
-    when what came of it is stored. `clock` is unix time.
+    when what came of it is stored; `note_end(state)`: of each document that has ended. `clock` is unix time.
     """
 
     def __init__(
@@ -278,6 +278,7 @@ class Jobs:
         *,
         room: Room = Room(),  # noqa: B008 - frozen
         note: Callable[[Page], None] = lambda page: None,
+        note_end: Callable[[State], None] = lambda state: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -286,6 +287,7 @@ class Jobs:
         self._limit = limit
         self._room = room
         self._note = note
+        self._note_end = note_end
         self._clock = clock
         self._monotonic = monotonic
         # One thread, so that what was asked first is stored first.
@@ -432,12 +434,14 @@ class Jobs:
         if not was_unfinished:
             message = f"document {document} is {status.state}; there is nothing to cancel"
             raise DocumentError(409, message, code="document_finished")
+        self._note_end("cancelled")
         return status
 
     async def _delete(self, document: str) -> None:
         async with self._accepting:
             await self._give_up(document)
-            await self._insist(self._store.cancel, document, self._clock())
+            if await self._insist(self._store.cancel, document, self._clock()):
+                self._note_end("cancelled")
             await self._ended(document)
             await self._insist(self._store.delete, document)
 
@@ -688,6 +692,7 @@ class Jobs:
         document = active.document.id
         error = error.encode(errors="replace").decode()  # it may quote what is no UTF-8
         if await self._insist(self._store.finish, document, outcome, self._clock(), size=size, error=error):
+            self._note_end(outcome)
             await self._ended(document)
 
     def _pause(self, error: Exception, key: str) -> bool:

@@ -82,7 +82,14 @@ class Service:
         self.renderer = Renderer(max(2, (os.cpu_count() or 2) // 2), max_pages=given.max_pages)
         room = Room(pages=given.max_waiting_pages, pages_per_key=given.max_waiting_pages)
         self.metrics = Metrics(self.store, self.folder)
-        self.jobs = Jobs(self.store, self, self.pages_in_flight, room=room, note=self.metrics.note)
+        self.jobs = Jobs(
+            self.store,
+            self,
+            self.pages_in_flight,
+            room=room,
+            note=self.metrics.note,
+            note_end=self.metrics.note_end,
+        )
         self.allowed = AddressRule(tuple(given.allowed_networks), tuple(given.allowed_hosts))
         # What holds where a client says nothing.
         self.defaults = Options(dpi=given.dpi, retries=given.retries, join_pages=given.join_pages)

@@ -23,6 +23,7 @@ from vllm_unified.router.docs import DOCS_PATHS
 from vllm_unified.router.documents import DocumentExchange, Documents
 from vllm_unified.router.forward import Exchange, Forwarding
 from vllm_unified.router.keys import KeyRing
+from vllm_unified.router.machine import Machine
 from vllm_unified.router.metrics import Metrics
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.proxies import FORWARDED_FOR, TrustedProxies
@@ -63,8 +64,14 @@ class Router:
         self.app: ASGIApp | None = None
         self.proxies = TrustedProxies(settings.router.trusted_proxies)
         self.server = Server(self)
-        self.metrics = Metrics(self.registry, lambda: len(self.server.connections))
         self.access_log = AccessLog(sys.stdout.buffer)
+        self.metrics = Metrics(
+            self.registry,
+            lambda: self.keys.keys,
+            lambda: len(self.server.connections),
+            lambda: self.access_log.dropped,
+            Machine(lambda: self.settings, lambda: list(self.replicas())),
+        )
         self._take_notes()
 
     def apply(self, settings: Settings) -> None:
@@ -95,6 +102,9 @@ class Router:
             return
         if path not in BY_PATH and documents.pattern_of(path) is not None:
             self._admit_to_documents(request)
+            return
+        if path == b"/sd" or path == b"/metrics" or path.startswith(b"/metrics/"):
+            request.key = self.keys.authenticate_scraper(_token(request))
             return
         key = request.key = self.keys.authenticate(_token(request))
         if key is self.keys.deployment and b"x-on-behalf-of" in request.fields and path in BY_PATH:
