@@ -24,7 +24,8 @@ NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/s
 def write_nginx(project: Project, **variables: str) -> Path:
     """Render it, and return the path of nginx.conf. `variables`: of the environment."""
     for name in ("nginx.conf", "maintenance.html"):
-        shutil.copy(CHECKOUT / "config" / name, project.home / "config")
+        if not (project.home / "config" / name).exists():
+            shutil.copy(CHECKOUT / "config" / name, project.home / "config")
     settings = project.load({"VLLM_API_KEY": API_KEY, **variables})
     folder = settings.rendered / "nginx"
     folder.mkdir(parents=True, exist_ok=True)

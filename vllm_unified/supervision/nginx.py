@@ -73,7 +73,8 @@ def _certificate(settings: Settings) -> dict[str, Path] | None:
         if not path.exists():
             raise UserError(f"{path}: missing beside {other.name}; put it there, or remove {other.name} for plain HTTP")
     if settings.environment.nginx_port == settings.environment.nginx_tls_port:
-        raise UserError("VLLM_NGINX_TLS_PORT: the same as VLLM_NGINX_PORT, which leads to it; choose another")
+        port = settings.environment.nginx_port
+        raise UserError(f"VLLM_NGINX_TLS_PORT: {port}, as VLLM_NGINX_PORT, which leads to it; choose another")
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password=_no_password)
     except PermissionError:
@@ -86,7 +87,7 @@ def _certificate(settings: Settings) -> dict[str, Path] | None:
 
 def _no_password() -> str:
     """In place of a question on the terminal."""
-    raise ValueError("key.pem has a password; Nginx could not be started by itself")
+    raise ValueError("key.pem has a password, which nobody is there to type in")
 
 
 def _filled_in(home: Path, **values: Any) -> str:
