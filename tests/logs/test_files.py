@@ -130,6 +130,7 @@ def test_a_file_without_any_time_is_as_old_as_it_is(folder: Path) -> None:
     [
         ("2026-11-22T15:00:07.250Z INFO x", 7.25, "info"),
         ("2026-11-22 16:00:07,250+01:00 CRIT x", 7.25, "critical"),
+        ("2026-11-22 16:00:07,250+01:00 CRIT Supervisor is running as root.  Privileges were", 7.25, "info"),
         ("2026/11/22 15:00:07 [error] 17#17: *1 connect() failed", 7, "error"),
         ("time=2026-11-22T15:00:07.250Z level=WARN source=main.go:1 msg=error", 7.25, "warning"),
         ("ts=2026-11-22T15:00:07.250Z caller=main.go:1 level=info", 7.25, "info"),
@@ -218,7 +219,7 @@ def test_so_far_of_a_file_that_was_rotated_meanwhile(folder: Path, monkeypatch: 
     rotated = []
 
     def open_and_rotate(path: Path, how: str, encoding: str | None = None) -> object:
-        file = open(path, how, encoding=encoding)
+        file = open(path, how, encoding=encoding)  # noqa: SIM115
         if not rotated:
             rotated.append(path)
             rotate(folder / "chat.log")

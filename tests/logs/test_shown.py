@@ -48,8 +48,8 @@ def access(**fields: Any) -> str:
             f'15:04:05 chat      INFO     {{"time": "{TIME}", "kind": "of another program"}}',
         ),
         (
-            "2026-11-22 14:04:05,678 CRIT Supervisor is running as root",
-            "CRITICAL 2026-11-22 14:04:05,678 CRIT Supervisor is running as root",
+            "2026-11-22 14:04:05,678 CRIT could not write pidfile",
+            "CRITICAL 2026-11-22 14:04:05,678 CRIT could not write pidfile",
         ),
     ],
 )

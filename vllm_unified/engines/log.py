@@ -2,14 +2,15 @@
 
 import collections
 import contextlib
+import io
 import logging
 import logging.handlers
 import re
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import cast
 
 from vllm_unified.engines import levels, reasons
 from vllm_unified.logs.lines import line
@@ -17,6 +18,7 @@ from vllm_unified.logs.lines import line
 FILE_BYTES = 20 << 20
 FILES_KEPT = 4
 LINES_AT_HAND = 400
+LONGEST_LINE = 65536
 # True of every engine that could not start; says nothing of the cause.
 SAYS_NOTHING = ("Engine core initialization failed", "WorkerProc initialization failed", "See root cause above")
 # Of the server's own access log: clients put keys there.
@@ -36,7 +38,7 @@ class EngineLog:
 
     def say(self, message: str, level: str = "info", *, exception: str | None = None) -> None:
         """A line of the keeper's own among the engine's."""
-        self._write(line(level, "keeper", message, model=self.key, exception=exception))
+        self._write([line(level, "keeper", message, model=self.key, exception=exception)])
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # lines that wait for room on the disk
@@ -45,23 +47,28 @@ class EngineLog:
     def follow(self, process: "subprocess.Popen[bytes]") -> threading.Thread:
         """Read what the process writes, in a thread, until the last writer has closed its end."""
         self._last.clear()
-        thread = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+        thread = threading.Thread(target=self._read, args=(cast(io.BufferedReader, process.stdout),), daemon=True)
         thread.start()
         return thread
 
-    def _read(self, stream: IO[bytes]) -> None:
+    def _read(self, stream: io.BufferedReader) -> None:
         of_engine = levels.Levels()
         with stream:
-            for raw in iter(lambda: stream.readline(65536), b""):
-                written = raw.decode("utf-8", "replace").rstrip()
-                self._last.append(written)
-                for each in written.split("\r"):  # a bar of progress is drawn over itself
-                    level, message = of_engine.of(QUERY.sub(r"\1", each))
-                    if message:
-                        self._write(line(level, "engine", message, model=self.key))
+            for came in _at_once(stream):
+                self._write([each for raw in came for each in self._taken(raw, of_engine)])
 
-    def _write(self, text: str) -> None:
-        self._logger.info("%s", text)
+    def _taken(self, raw: bytes, of_engine: levels.Levels) -> Iterator[str]:
+        """One line of the engine, as lines of JSON; none where it is empty."""
+        written = raw.decode("utf-8", "replace").rstrip()
+        self._last.append(written)
+        for each in written.split("\r"):  # a bar of progress is drawn over itself
+            level, message = of_engine.of(QUERY.sub(r"\1", each))
+            if message.strip():
+                yield line(level, "engine", message, model=self.key)
+
+    def _write(self, lines: Sequence[str]) -> None:
+        if lines:
+            self._logger.info("%s", "\n".join(lines))
 
     def reason(self, returncode: int | None = None) -> str | None:
         """Why the engine ended and what to do, or else the line that says best why."""
@@ -77,6 +84,17 @@ class EngineLog:
 class _File(logging.handlers.RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """On a full disk a line is lost, and not told of by five others."""
+
+
+def _at_once(stream: io.BufferedReader) -> Iterator[list[bytes]]:
+    """The lines that are there at the same time, which are written together. One without end comes in pieces."""
+    rest = b""
+    while came := stream.read1(LONGEST_LINE):
+        *whole, rest = (rest + came).split(b"\n")
+        if len(rest) >= LONGEST_LINE:
+            whole, rest = [*whole, rest], b""
+        yield whole
+    yield [rest]
 
 
 def _last_error(lines: Sequence[str]) -> str | None:

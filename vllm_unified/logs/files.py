@@ -29,6 +29,9 @@ LEVEL_WITHIN = 40
 LEVELS: dict[str, "Level"] = {"debug": "debug", "debg": "debug", "warn": "warning", "erro": "error"}
 LEVELS |= dict.fromkeys(("crit", "alert", "emerg", "fatal"), "critical")
 
+# supervisord calls critical what is meant: its socket is in a folder of ours, with the mode 0700.
+MEANT = ("Supervisor is running as root", "Server 'unix_http_server' running without any HTTP authentication")
+
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
@@ -264,7 +267,7 @@ def read(name: str, raw: str) -> Entry:
     if not found:
         return Entry(name, 0.0, "info", raw, None)
     said = LEVEL.search(raw, found.end(), found.end() + LEVEL_WITHIN)
-    level = LEVELS.get(said[1].lower(), "info") if said else "info"
+    level = LEVELS.get(said[1].lower(), "info") if said and not any(each in raw for each in MEANT) else "info"
     return Entry(name, _seconds(found[0]), level, raw, None)
 
 
