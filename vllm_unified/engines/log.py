@@ -94,7 +94,8 @@ def _at_once(stream: io.BufferedReader) -> Iterator[list[bytes]]:
         if len(rest) >= LONGEST_LINE:
             whole, rest = [*whole, rest], b""
         yield whole
-    yield [rest]
+    if rest:
+        yield [rest]
 
 
 def _last_error(lines: Sequence[str]) -> str | None:
