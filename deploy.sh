@@ -406,7 +406,7 @@ reload_companions() {
 }
 # Those that have a container of their own are not in ours.
 logs_of_container() { # NAME [OPTION…]
-  local name=$1 id options=(--tail 50)
+  local name=$1 id tail=50 options=()
   id=$(companion "$name")
   [[ -n $id ]] || die "no container of $name; COMPOSE_PROFILES in .env says what runs beside the models"
   shift
@@ -415,14 +415,14 @@ logs_of_container() { # NAME [OPTION…]
       -f | --follow) options+=(--follow) ;;
       --lines | --since)
         [[ ${2:-} == [!-]* ]] || die "$1 wants a value"
-        [[ $1 == --since ]] && options=(--since "$2") || options+=(--tail "$2")
+        if [[ $1 == --lines ]]; then tail=$2; else tail=all options+=(--since "$2"); fi
         shift
         ;;
       *) wrong_usage "$1" ;;
     esac
     shift
   done
-  docker logs "${options[@]}" "$id"
+  docker logs --tail "$tail" "${options[@]}" "$id"
 }
 running_config() { inside cat "$(run_folder)/config"; }
 config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG
