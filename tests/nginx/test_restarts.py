@@ -106,7 +106,7 @@ def in_docker(project: Project, names: Names, router: int) -> Iterator[Nginx]:
     """What the container of Nginx would run, with another DNS server and another folder for what it writes."""
     nginx = Nginx(project)
     project.write({"chat": {"name": "chat", "type": "chat"}}, router={"port": router})
-    conf = write_nginx(project, VLLM_NGINX_PORT=str(nginx.port), VLLM_ROUTER_NAME="vllm-unified")
+    conf = write_nginx(project, VLLM_NGINX_PORT=str(nginx.port), VLLM_UNIFIED_RUNTIME="docker")
     text = conf.read_text().replace("resolver 127.0.0.11 ", f"resolver 127.0.0.1:{names.port} ")
     text = text.replace("/tmp/nginx", str(project.home / "run" / "nginx"))
     conf.write_text(text if os.geteuid() else f"user root;\n{text}")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import eventually
 from tests.router.conftest import Deployment
-from tests.router.wire import Client
+from tests.router.wire import Client, request
 from vllm_unified.router.proxies import TrustedProxies
 
 LOCAL = ["127.0.0.0/8", "::1/128"]
@@ -51,7 +51,8 @@ def test_it_is_the_client_in_the_log_and_never_this_machine(
     with Client(deployment.ports["router"]) as client:
         client.post("/v1/chat/completions", {"model": "chat"}, "x-forwarded-for: 9.9.9.9", "x-request-id: far")
         client.post("/v1/chat/completions", {"model": "chat"}, "x-request-id: near")
-        assert client.post("/admin/reload", {}, "x-forwarded-for: 127.0.0.1").status == 403
-        assert client.post("/internal/infer", {}, "x-forwarded-for: 127.0.0.1").status == 403
+        for path in ("/admin/reload", "/internal/infer"):
+            client.send(request("POST", path, "x-forwarded-for: 127.0.0.1"))
+            assert client.answer().status == 403
     found = eventually(lambda: (seen := peers(deployment)).keys() >= {"far", "near"} and seen)
     assert (found["far"], found["near"]) == (peer, "127.0.0.1")

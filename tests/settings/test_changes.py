@@ -101,7 +101,7 @@ def test_a_field_of_the_router(project: Project, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "field"), [(name, field) for name in ("system", "documents") for field in SECTION_FIELDS[name]]
+    ("section", "field"), [(name, field) for name in ("system", "documents", "nginx") for field in SECTION_FIELDS[name]]
 )
 def test_a_field_that_waits_for_a_restart_of_all(project: Project, section: str, field: str) -> None:
     old = loaded(project, {"chat": CHAT})

@@ -16,7 +16,7 @@ from vllm_unified.supervision.nginx import nginx_files
 
 CHAT = {"chat": {"name": "chat", "type": "chat"}}
 READER = {"reader": {"name": "reader", "type": "ocr"}}
-NAME = {"VLLM_ROUTER_NAME": "vllm-unified"}
+DOCKER = {"VLLM_UNIFIED_RUNTIME": "docker"}
 
 
 def rendered(project: Project, **variables: str) -> str:
@@ -42,7 +42,7 @@ def with_tls(project: Project, certificates: Path) -> None:
     shutil.copy(certificates / "server.key", folder / "key.pem")
 
 
-@pytest.mark.parametrize("variables", [{}, NAME])
+@pytest.mark.parametrize("variables", [{}, DOCKER])
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("section", [{}, {"requests_per_second": 0}, {"hsts_max_age": 3600, "burst": 0}])
 def test_nginx_takes_every_variation(
@@ -73,19 +73,19 @@ def test_nginx_takes_any_folder(tmp_path: Path, certificates: Path, name: str) -
         ({"VLLM_NGINX_HOST": "0.0.0.0", "VLLM_NGINX_PORT": "8080"}, "0.0.0.0:8080", "127.0.0.1:8000"),
         ({"VLLM_NGINX_HOST": "::1", "VLLM_ROUTER_HOST": "::"}, "[::1]:80", "[::1]:8000"),
         ({"VLLM_ROUTER_HOST": "0.0.0.0", "VLLM_ROUTER_PORT": "9000"}, "127.0.0.1:80", "127.0.0.1:9000"),
-        ({**NAME, "VLLM_NGINX_PORT": "8080", "VLLM_ROUTER_PORT": "9000"}, "8080", "vllm-unified:9000"),
+        ({**DOCKER, "VLLM_NGINX_PORT": "8080", "VLLM_ROUTER_PORT": "9000"}, "8080", "vllm-unified:9000"),
     ],
 )
 def test_addresses(project: Project, variables: dict[str, str], listen: str, router: str) -> None:
     project.write(CHAT)
     text = write_nginx(project, **variables).read_text()
     assert values(text, "listen") == [f"{listen} so_keepalive=60s:15s:4"]
-    assert values(text, "set [$]router" if "VLLM_ROUTER_NAME" in variables else "server") == [router]
+    assert values(text, "set [$]router" if "VLLM_UNIFIED_RUNTIME" in variables else "server") == [router]
 
 
 def test_in_a_container_of_its_own(project: Project) -> None:
     """Workers are those of the image, nothing is written below run/, and the router's name is looked up anew."""
-    text = rendered(project, **NAME)
+    text = rendered(project, **DOCKER)
     assert values(text, "user") == []
     assert values(text, "pid") == ['"/tmp/nginx.pid"']
     assert set(values(text, r"\w+_temp_path")) == {'"/tmp/nginx"'}
