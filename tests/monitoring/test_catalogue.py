@@ -115,8 +115,10 @@ def test_what_is_said_of_vllm_is_so() -> None:
         assert (family.type, {label for each in family.samples for label in each.labels} - everywhere) == (kind, labels)
 
 
-def test_the_rules_ask_for_what_there_is() -> None:
-    texts = [path.read_text(encoding="utf-8") for path in (CHECKOUT / "monitoring" / "rules").glob("*.yml")]
+def test_rules_and_dashboards_ask_for_what_there_is() -> None:
+    folder = CHECKOUT / "monitoring"
+    files = [*folder.glob("rules/*.yml"), *folder.glob("grafana/dashboards/*.json")]
+    texts = [path.read_text(encoding="utf-8") for path in files]
     asked = set(re.findall(r"(?<!:)\bvllm(?::|_unified_)\w+", " ".join(texts)))
     parts = ("", "_bucket", "_count", "_sum")
     assert len(asked) > 20

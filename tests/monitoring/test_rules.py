@@ -94,5 +94,8 @@ def test_the_operators_commands_and_links_lead_somewhere() -> None:
     told = set(re.findall(r"\./deploy\.sh\s+(\w+)", OPERATIONS))
     assert told
     assert told <= verbs | set(cli.commands)
+    assert set(re.findall(r"`\./deploy\.sh (?:restart|start|stop)\s([^`]+)`", OPERATIONS)) == {
+        "MODEL"
+    }  # no program else
     links = set(re.findall(r"\]\(#(\w+)\)", OPERATIONS))
     assert links <= {alert.lower() for alert in ALERTS}

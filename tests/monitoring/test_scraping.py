@@ -89,6 +89,7 @@ def test_targets_come_by_themselves_and_a_dead_engine_is_an_alert(deployed: Relo
     slow = {"env": {"FAKE_ENGINE": json.dumps({"ready_after": 6})}}  # so that nobody misses that it is away
     deployed.engine("chat", **slow)
     deployed.engine("vectors", type="embedding")
+    deployed.engine("late", enabled=False)
     deployed.start()
     prometheus.start(prometheus_files(deployed.project.load({"VLLM_API_KEY": API_KEY})))
     up = {("router", ""): 1.0, ("chat", "chat"): 1.0, ("embedding", "vectors"): 1.0}
@@ -99,7 +100,7 @@ def test_targets_come_by_themselves_and_a_dead_engine_is_an_alert(deployed: Relo
     assert prometheus.ask('vllm_unified_engine_phase{phase="ready"}') == ready
     eventually(lambda: prometheus.ask('ALERTS{alertname=~"(Model|Router).*"}') == {})  # once the router was found
 
-    deployed.engine("late", **slow)
+    deployed.models["late"]["enabled"] = True
     assert deployed.reload().returncode == 0
     eventually(lambda: prometheus.ask("up") == {**up, ("chat", "late"): 1.0}, 60)
 
