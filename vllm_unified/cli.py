@@ -146,7 +146,7 @@ def check(project: Project, machine: bool, before: str | None) -> None:
         if problems:
             raise ConfigError(problems)
         for note in notes_of_machine(settings):
-            click.echo(note, err=True)
+            click.echo(note)
     click.echo(f"{settings.shown_file}: {_models(len(settings.models))}, nothing wrong")
 
 
