@@ -218,8 +218,9 @@ class Status:
         guard = guard_of(settings) if documents == "running" else None
         found = rows(settings)
         usage = usage_of_all(settings, [row.state for row in found])
-        companions = {name: _phase(running, name) for name in running or {} if name in BY_NAME}
-        return cls(settings, router, documents, guard, found, usage, {**companions, **containers})
+        phases = {name: _phase(running, name) for name in running or {}} | dict(containers)
+        companions = {name: phases[name] for name in BY_NAME if name in phases}
+        return cls(settings, router, documents, guard, found, usage, companions)
 
     @property
     def others(self) -> list[tuple[Model, str]]:
