@@ -57,8 +57,8 @@ hash_files() { # FOLDER_FOR_OUTPUT FILE…
 
 temporary() { mktemp "$@" || die "no room for temporary files; set TMPDIR to a folder that has some"; }
 
-# wrong_files SUMS [FOLDER]: a line for each path of which the file is missing, another one, or can't be read. All cores
-# read. What could not be looked at is never taken for right.
+# wrong_files SUMS [FOLDER]: a line for each path of which the file is missing, another one, or can't be read. Two processes
+# a core, as one computes while the other waits for the disk. What could not be looked at is never taken for right.
 wrong_files() (
   sums=$1 folder=${2:-$ROOT}
   scratch=$(temporary -d)
@@ -72,7 +72,7 @@ wrong_files() (
   # shellcheck disable=SC2016 # awk's own
   for files in '$1 > 8000000:1' '$1 <= 8000000:50'; do
     awk "${files%:*}" "$scratch/sizes" | cut -d' ' -f2- | tr '\n' '\0' |
-      xargs -0 -r -P "$(nproc)" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
+      xargs -0 -r -P "$((2 * $(nproc)))" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
   done
   # shellcheck disable=SC2016 # awk's own
   { sed 's/^/=/' "$scratch"/[0-9]* 2>/dev/null || true; sed 's/^/:/' "$sums"; } | awk '
