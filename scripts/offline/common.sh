@@ -92,7 +92,8 @@ wrong_files() (
 )
 
 show_progress() { # SCRATCH NUMBER_OF_FILES
-  while sleep 5; do say "  checked $(cat "$1"/[0-9]* 2>/dev/null | wc -l) of $2 files" >&2; done
+  # Not with our stderr: whoever reads that would wait for the last sleep.
+  while sleep 5 2>/dev/null; do say "  checked $(cat "$1"/[0-9]* 2>/dev/null | wc -l) of $2 files" >&2; done
 }
 
 # SHA256SUMS and, of the bundle that an increment builds on, those files that are in this folder too.
