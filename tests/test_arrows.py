@@ -10,13 +10,15 @@ import pytest
 from tests.conftest import CHECKOUT
 
 PACKAGE = CHECKOUT / "vllm_unified"
-BASE = {"errors", "state", "devices", "loopback"}
+BASE = {"errors", "state", "devices", "loopback", "logs"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "state": {"errors"},
     # a file that stands in for the cards is read and checked as every other file is, and only when there is one
     "devices": {"errors", "settings"},
     "loopback": set(),
+    # one format for all that write a log, and what reads it
+    "logs": {"errors"},
     "settings": {"errors"},
     "engines": BASE | {"settings"},
     "supervision": BASE | {"settings", "engines"},

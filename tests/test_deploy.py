@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -189,21 +190,38 @@ def test_stop_and_start_of_one_model(deployed: Deployed) -> None:
 
 def test_logs(deployed: Deployed) -> None:
     deployed.configure()
-    assert "no logs yet" in deployed.run("logs").stderr
+    none = deployed.run("logs")
+    assert (none.returncode, none.stderr) == (1, "no logs yet; start it with ./deploy.sh start\n")
     deployed.run("start")
     assert "fake engine:" in deployed.run("logs", "chat").stdout
-    every = deployed.run("logs", "--lines", "3").stdout
-    assert all(f"/{name}.log" in every for name in ("chat", "embedding", "router", "supervisord"))
+    every = [line.split()[1] for line in deployed.run("logs", "--lines", "200").stdout.splitlines()]
+    assert {"chat", "embedding", "router", "supervisord"} <= set(every)
+    lines = [json.loads(line) for line in deployed.run("logs", "--since", "1h", "--json").stdout.splitlines()]
+    assert {line["source"] for line in lines} == {"supervisord", "router", "keeper", "engine"}
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     unknown = deployed.run("logs", "../../etc/passwd")
-    assert unknown.returncode == 1
+    assert (unknown.returncode, unknown.stdout) == (1, "")
     assert 'no log of "../../etc/passwd"' in unknown.stderr
-    with subprocess.Popen([DEPLOY, "logs", "chat", "--follow"], env=deployed.environ, stdout=subprocess.PIPE) as follow:
+    command = [DEPLOY, "logs", "chat", "--follow"]
+    with subprocess.Popen(command, env=deployed.environ, stdout=subprocess.PIPE, text=True) as follow:
         assert follow.stdout is not None
-        assert follow.stdout.readline()
-        follow.send_signal(signal.SIGTERM)
-        for child in psutil.Process().children(recursive=True):
-            if child.name() == "tail":
-                child.terminate()
+        assert "keeper: started" in follow.stdout.readline()
+        stopped = deployed.run("stop")
+        assert stopped.returncode == 0, stopped.stderr
+        assert any("keeper: stopped" in line for line in iter(follow.stdout.readline, ""))
+        for child in psutil.Process(follow.pid).children():
+            child.terminate()
+    # Its files are still there.
+    assert "keeper: stopped" in deployed.run("logs", "chat").stdout
+
+
+def test_logs_where_the_program_is_not_installed(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY, tmp_path)
+    shutil.copytree(CHECKOUT / "scripts", tmp_path / "scripts")
+    environ = {**os.environ, "DOCKER_HOST": "unix:///nowhere", "VLLM_UNIFIED_HOME": str(tmp_path)}
+    done = subprocess.run([tmp_path / "deploy.sh", "logs"], env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"deploy.sh: .*/.venv is not there, and reading logs needs it; .*\n", done.stderr)
 
 
 def test_a_model_that_cannot_start_is_named_with_its_reason(deployed: Deployed) -> None:

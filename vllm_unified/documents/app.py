@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -95,7 +94,6 @@ async def metrics(request: Request) -> Response:
 
 def serve(settings: Settings) -> None:
     """Until SIGTERM. Raises UserError where it can't listen or its database can't be used."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
     # It would log each address that is asked, with what stands in it.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = uvicorn.Config(

@@ -514,8 +514,14 @@ class _DamagedError(Exception):
 def _engine(path: Path) -> Engine:
     # Passwords of files stand in it for as long as their job goes on; SQLite gives its other files the same mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    # One connection, behind the store's lock.
-    engine = create_engine("sqlite://", creator=lambda: _connection(path), poolclass=StaticPool, query_cache_size=200)
+    # One connection, behind the store's lock. Its errors are logged, and would have what is stored in them.
+    engine = create_engine(
+        "sqlite://",
+        creator=lambda: _connection(path),
+        poolclass=StaticPool,
+        query_cache_size=200,
+        hide_parameters=True,
+    )
     event.listen(engine, "begin", _begin)
     try:
         with engine.begin() as connection:

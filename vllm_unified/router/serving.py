@@ -220,7 +220,6 @@ def run(router: Router) -> None:
     """Raises UserError when it cannot listen."""
     import uvloop
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:  # each request in flight holds two files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
