@@ -83,6 +83,7 @@ DOCUMENTS = Table(
     Column("webhook_secret", Text, nullable=False),
     Column("webhook_attempts", Integer, nullable=False, server_default="0"),
     Column("webhook_at", Float, index=True),
+    Column("traceparent", Text, nullable=False, server_default=""),  # of the request that queued it
 )
 Index(
     "documents_by_idempotency_key",
@@ -117,6 +118,7 @@ class Upload(msgspec.Struct, frozen=True, kw_only=True):
     """A document as it came. `id`: a UUID. `key`: the name of the API key that sent it. `size` in bytes.
 
     `request_sha256` is of everything that the client asked for; it is compared where `idempotency_key` is not "".
+    `traceparent`: of the request that brought it, "" when nothing is traced.
     """
 
     id: str
@@ -129,6 +131,7 @@ class Upload(msgspec.Struct, frozen=True, kw_only=True):
     request_sha256: str = ""
     webhook_url: str = ""
     webhook_secret: str = ""
+    traceparent: str = ""
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +155,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     error: str
     webhook_url: str
+    traceparent: str = ""
 
     @property
     def is_finished(self) -> bool:
@@ -311,7 +315,7 @@ class Store:
         """No more of its pages are read; those that were read stay. False when it was not unfinished."""
         return self._end(document, "cancelled", now, {})
 
-    def retry_failed(self, document: str, password: str, now: float) -> Document:
+    def retry_failed(self, document: str, password: str, now: float, traceparent: str = "") -> Document:
         """Queue it again with those of its pages that were not read; the others are not read again.
 
         `password`: of the file, where it needs one: it was forgotten when the document had finished.
@@ -330,6 +334,7 @@ class Store:
                 .where(_of(document))
                 .values(state="queued", queued_at=now, started_at=None, finished_at=None, updated_at=now)
                 .values(options=_encoded(options), error="", webhook_attempts=0, webhook_at=None)
+                .values(traceparent=traceparent)
             )
             return _existing(connection, document)
 
