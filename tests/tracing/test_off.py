@@ -68,9 +68,7 @@ def test_what_is_no_address_is_refused(project: Project, address: str) -> None:
 
 def test_a_variable_of_the_sdk_that_cannot_be_meant(project: Project) -> None:
     project.write({"chat": {"name": "a", "type": "chat", "endpoints": ["http://127.0.0.1:9"]}})
-    (project.home / ".env").write_text(
-        "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9\nOTEL_BSP_MAX_QUEUE_SIZE=8\n"
-    )
+    (project.home / ".env").write_text("OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9\nOTEL_BSP_MAX_QUEUE_SIZE=8\n")
     environ = {**os.environ, "VLLM_UNIFIED_HOME": str(project.home), "VLLM_API_KEY": API_KEY}
     router = [sys.executable, "-m", "vllm_unified", "router"]
     ended = subprocess.run(router, env=environ, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)

@@ -50,7 +50,7 @@ STATES: tuple[State, ...] = get_args(State)
 UNFINISHED: tuple[State, ...] = ("queued", "running")
 FINISHED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
-VERSION = 1  # of the tables, in PRAGMA user_version
+VERSION = 2  # of the tables, in PRAGMA user_version
 LOCKED_MS = 5000  # how long a statement waits for another process that has the database locked
 BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # What was under way as often as this when the service was killed is held to be what killed it.
@@ -524,7 +524,7 @@ def _engine(path: Path) -> Engine:
     event.listen(engine, "begin", _begin)
     try:
         with engine.begin() as connection:
-            _check(connection, path)
+            _bring_along(connection, _check(connection, path))
             METADATA.create_all(connection)
             connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
     except BaseException:
@@ -557,13 +557,21 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _check(connection: Connection, path: Path) -> None:
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+def _check(connection: Connection, path: Path) -> int:
+    """Of which version it is; 0 of a new file."""
+    version: int = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
     if version > VERSION:
         raise UserError(f"{path}: made by a newer version of vllm-unified; use that one, or move the file away")
     found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
     if found != "ok":
         raise _DamagedError(found)
+    return version
+
+
+def _bring_along(connection: Connection, version: int) -> None:
+    """What a file of an older version lacks."""
+    if version == 1:
+        connection.exec_driver_sql("ALTER TABLE documents ADD COLUMN traceparent TEXT NOT NULL DEFAULT ''")
 
 
 def _set_aside(path: Path, reason: str) -> None:
