@@ -66,12 +66,13 @@ def test_what_is_no_address_is_refused(project: Project, address: str) -> None:
     assert "use http://HOST:4318" in line
 
 
-def test_a_variable_of_the_sdk_that_cannot_be_meant(project: Project) -> None:
-    project.write({"chat": {"name": "a", "type": "chat", "endpoints": ["http://127.0.0.1:9"]}})
+@pytest.mark.parametrize("service", ["router", "documents"])
+def test_a_variable_of_the_sdk_that_cannot_be_meant(project: Project, service: str) -> None:
+    project.write({"ocr": {"name": "a", "type": "ocr", "endpoints": ["http://127.0.0.1:9"]}})
     (project.home / ".env").write_text("OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9\nOTEL_BSP_MAX_QUEUE_SIZE=8\n")
     environ = {**os.environ, "VLLM_UNIFIED_HOME": str(project.home), "VLLM_API_KEY": API_KEY}
-    router = [sys.executable, "-m", "vllm_unified", "router"]
-    ended = subprocess.run(router, env=environ, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    program = [sys.executable, "-m", "vllm_unified", service]
+    ended = subprocess.run(program, env=environ, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "OTEL_…: max_export_batch_size must be less than or equal to max_queue_size" in ended.stderr
     assert "Traceback" not in ended.stderr

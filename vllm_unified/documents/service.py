@@ -75,7 +75,7 @@ class Service:
     """One for the process. Between `start` and `stop` it works on what it has."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises UserError when its database can't be used."""
+        """Raises UserError when its database can't be used, or a variable of OpenTelemetry."""
         self.settings = settings
         given = settings.documents
         self.folder = settings.home / "data" / "documents"
@@ -86,7 +86,7 @@ class Service:
         self.renderer = Renderer(max(2, (os.cpu_count() or 2) // 2), max_pages=given.max_pages)
         room = Room(pages=given.max_waiting_pages, pages_per_key=given.max_waiting_pages)
         self.metrics = Metrics(self.store, self.folder)
-        self.spans: Spans | None = None  # when tracing is off
+        self.spans = _spans(settings)
         self.jobs = Jobs(
             self.store, self, self.pages_in_flight, room=room, note=self.metrics.note, ended=self._note_end
         )
@@ -104,11 +104,6 @@ class Service:
         self._beside: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        tracer = tracer_of(self.settings, "documents")
-        if tracer is not None:
-            from vllm_unified.documents.spans import Spans  # OpenTelemetry, of which nothing is needed without it
-
-            self.spans = Spans(tracer)
         await asyncio.to_thread(self._sweep)
         await self.jobs.start()
         works = (self._watch_engine, self._watch_guard, self._count, self._expire, self._tell_ends)
@@ -529,6 +524,16 @@ class Service:
 
     def _input(self, document: str) -> Path:
         return self.folder_of(document) / INPUT
+
+
+def _spans(settings: Settings) -> "Spans | None":
+    """None when tracing is off."""
+    tracer = tracer_of(settings, "documents")
+    if tracer is None:
+        return None
+    from vllm_unified.documents.spans import Spans  # OpenTelemetry, of which nothing is needed without it
+
+    return Spans(tracer)
 
 
 class _GivenUpError(Exception):
