@@ -9,7 +9,8 @@ from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import NonRecordingSpan, SpanKind, Status, StatusCode, TraceFlags, set_span_in_context
 from opentelemetry.trace import SpanContext as SdkContext
@@ -57,7 +58,7 @@ class Tracer:
             trace_id, parent_id = parent.trace_id, parent.span_id
             around = set_span_in_context(NonRecordingSpan(_sdk(parent)), Context())
         decision = self._sampler.should_sample(around, trace_id, "request", SpanKind.SERVER).decision
-        return SpanContext(trace_id, self._ids.generate_span_id(), parent_id, decision.is_sampled())
+        return SpanContext(trace_id, self._ids.generate_span_id(), parent_id, decision is Decision.RECORD_AND_SAMPLE)
 
     def below(self, parent: SpanContext) -> SpanContext:
         """Of a part of the work of `parent`."""
@@ -78,7 +79,7 @@ class Tracer:
         """`began`, `ended`, and an event's name, time and attributes: in unix nanoseconds."""
         if not context.sampled:
             return
-        # Not made by the SDK's tracer, which gives out ids itself, and only for a span that begins now.
+        # Not made by the SDK's tracer, which gives out the ids itself.
         span = ReadableSpan(
             name,
             _sdk(context),
@@ -101,12 +102,12 @@ class Tracer:
         closing.join(CLOSE_SECONDS)
 
 
-class _Exporter(SpanExporter):
+class _Exporter(OTLPSpanExporter):
     """Says it once when the collector takes nothing, and once when it does again."""
 
     def __init__(self, url: str) -> None:
+        super().__init__(endpoint=url)
         self._url = url
-        self._sending = OTLPSpanExporter(endpoint=url)
         self._takes = True
         self._reason = _FirstWords()
         words = logging.getLogger("opentelemetry")
@@ -115,7 +116,7 @@ class _Exporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._reason.words = ""
-        result = self._sending.export(spans)
+        result = super().export(spans)
         takes = result is SpanExportResult.SUCCESS
         if takes and not self._takes:
             log.info("traces: %s takes them again", self._url)
@@ -123,9 +124,6 @@ class _Exporter(SpanExporter):
             log.warning("traces: %s takes none, and they are lost: %s", self._url, self._reason.words)
         self._takes = takes
         return result
-
-    def shutdown(self) -> None:
-        self._sending.shutdown()
 
 
 class _FirstWords(logging.Handler):
