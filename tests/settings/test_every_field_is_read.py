@@ -250,6 +250,8 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
+    # Seen at work in tests/router/test_spans.py and tests/documents/test_spans.py.
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://collector:4318", command),
     "INTERNAL_API_TOKEN": ("secret", lambda settings: settings.environment.internal_api_token),
     "VLLM_DOCUMENTS_PORT": ("9010", lambda settings: settings.documents_url),
     "MAX_UPLOAD_SIZE_MB": ("7", of_documents("max_upload_mib")),
