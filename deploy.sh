@@ -30,7 +30,7 @@ usage: ./deploy.sh VERB [options]
                                   restart
   status [--json | --watch]       what runs; exit code 0 when all is ready, 3 when not
   logs [NAME…] [--follow] [--lines N] [--errors] [--since WHEN] [--json]
-                                  what all wrote last, or a model, router, documents …, in the order of time
+                                  what all wrote last, or a model, router, documents, nginx …, in the order of time
                                   --errors: only these, and requests that failed by no fault of their clients
                                   --since: 30s, 10m, 2h, 3d, or a moment as 2026-11-22T15:00
                                   --lines: the last N (default 50; with --since, all)
@@ -179,16 +179,22 @@ verb_reload() {
   must_answer
   lock
   cli reload "$@"
+  reload_companions
 }
 
 verb_status() {
   must_answer
-  cli status "$@"
+  local states=() # of containers that ours can't see
+  if [[ $RUNTIME == docker ]]; then mapfile -t states < <(companion_states); fi
+  cli status "${states[@]/#/--container=}" "$@"
 }
 
 # Of what does not run any more too, as long as its files are there.
 verb_logs() {
-  if [[ $RUNTIME == docker && $(container_state) != running ]]; then
+  if [[ $RUNTIME == docker && ${1:-} =~ ^(nginx|prometheus|grafana)$ ]]; then
+    logs_of_companion "$@"
+    return
+  elif [[ $RUNTIME == docker && $(container_state) != running ]]; then
     die "the container does not run; docker logs $CONTAINER shows what it wrote"
   elif [[ $RUNTIME == native && ! -x $VENV/bin/vllm-unified ]]; then
     die "$VENV is not there, and reading logs needs it; ./deploy.sh start makes it (the files are in $(home)/run/logs)"
@@ -378,10 +384,24 @@ welcome() {
   if [[ $RUNTIME == docker ]]; then
     local name
     name=$(docker container inspect --format '{{slice .Name 1}}' "$CONTAINER")
-    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $name &|; s|(in $IN_CONTAINER/.env)|(docker exec $name cat data/.env)|"
+    cli welcome | sed "s|base64 -w0 $IN_CONTAINER/|docker exec $name &|
+      s|(in $IN_CONTAINER/.env)|(docker exec $name cat data/.env)|
+      s|in $IN_CONTAINER/\(data/grafana.password\)|docker exec $name cat \1|"
   else
     cli welcome
   fi
+}
+# nginx and Prometheus take up what `reload` has rendered; a configuration that they refuse leaves them as they are.
+reload_companions() {
+  local name id
+  for name in nginx prometheus; do
+    if [[ $RUNTIME == docker ]]; then
+      id=$(companion "$name")
+      if [[ -n $id ]]; then docker kill --signal HUP "$id" >/dev/null; fi
+    elif supervisorctl status "$name" >/dev/null; then
+      supervisorctl signal HUP "$name" >/dev/null
+    fi
+  done
 }
 running_config() { inside cat "$(run_folder)/config"; }
 config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG
@@ -490,7 +510,7 @@ is_running() {
 
 stop_all() {
   if [[ $RUNTIME == docker ]]; then
-    compose down
+    compose_down
     return
   fi
   local pid
@@ -513,7 +533,8 @@ remove_state() {
       flock "$lock" true
     fi
   done
-  rm -rf -- "$run/engines" "$run/locks" "$run/supervisor.sock" "$run/supervisord.pid" "$run/config" "$run/placement.json"
+  rm -rf -- "$run/engines" "$run/locks" "$run/rendered" "$run/nginx" "$run/supervisor.sock" "$run/supervisord.pid" \
+    "$run/config" "$run/placement.json"
 }
 
 # One deploy.sh at a time changes something. The lock is on the folder itself, so none is left behind.

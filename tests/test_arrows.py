@@ -10,12 +10,13 @@ import pytest
 from tests.conftest import CHECKOUT
 
 PACKAGE = CHECKOUT / "vllm_unified"
-BASE = {"errors", "state", "devices", "loopback", "logs"}
+BASE = {"errors", "state", "devices", "held", "loopback", "logs"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "state": {"errors"},
     # a file that stands in for the cards is read and checked as every other file is, and only when there is one
     "devices": {"errors", "settings"},
+    "held": set(),
     "loopback": set(),
     # one format for all that write a log, and what reads it
     "logs": {"errors"},
@@ -29,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors", "state", "settings"},
     "bundle": {"errors", "settings", "hub"},
     "backup": {"errors", "hub"},
-    "machine": BASE | {"settings", "engines", "hub"},
+    "machine": BASE | {"settings", "engines", "hub", "supervision"},
     "console": BASE | {"settings", "engines", "supervision"},
     "selftest": {"loopback", "settings"},
     "operations": BASE | {"settings", "engines", "supervision"},

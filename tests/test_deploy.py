@@ -343,3 +343,68 @@ def test_plan_of_a_running_deployment(deployed: Deployed) -> None:
     planned = json.loads(deployed.run("plan", "--json").stdout)
     assert planned["order"] == ["chat", "embedding"]
     assert deployed.run("check").returncode == 0
+
+
+# Keeps what it was told, and runs until it is ended.
+GRAFANA = """\
+#!/bin/sh
+mkdir -p "$GF_PATHS_DATA"
+env >"$GF_PATHS_DATA/environment"
+exec sleep 600
+"""
+
+
+def test_nginx_prometheus_and_grafana_beside_it(deployed: Deployed) -> None:
+    """The real nginx and Prometheus."""
+    home = deployed.project.home
+    deployed.configure()
+    for name in ("nginx.conf", "maintenance.html"):
+        shutil.copy(CHECKOUT / "config" / name, home / "config")
+    (home / "bin").mkdir()
+    (home / "bin/grafana").write_text(GRAFANA)
+    (home / "bin/grafana").chmod(0o755)
+    ports = {name: free_port() for name in ("NGINX", "NGINX_TLS", "PROMETHEUS", "GRAFANA")}
+    variables = {f"VLLM_{name}_PORT": port for name, port in ports.items()} | {"COMPOSE_PROFILES": "nginx,monitoring"}
+    (home / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    deployed.environ["PATH"] = f"{home / 'bin'}:{deployed.environ['PATH']}"
+    urls = {name: f"http://127.0.0.1:{ports[name.upper()]}" for name in ("nginx", "prometheus", "grafana")}
+
+    started = deployed.run("start")
+    assert started.returncode == 0, started.stderr
+    password = (home / "data/grafana.password").read_text()
+    assert f"user admin, password {password}   (this once" in started.stdout
+    assert deployed.status()["companions"] == {name: {"state": "running", "url": url} for name, url in urls.items()}
+    assert re.search(rf"^nginx +{urls['nginx']} +running$", deployed.run("status").stdout, re.MULTILINE)
+    assert f"PROMETHEUS_URL={urls['prometheus']}" in (home / "data/grafana/environment").read_text().splitlines()
+    key = re.search(r"^KEY=(.+)$", started.stdout, re.MULTILINE)
+    assert key
+    headers = {"authorization": f"Bearer {key[1]}"}
+    asked = {"model": "the-chat", "messages": []}
+    assert httpx.post(f"{urls['nginx']}/v1/chat/completions", json=asked, headers=headers).status_code == 200
+    assert '"/v1/chat/completions"' in deployed.run("logs", "nginx").stdout
+
+    def up() -> set[str]:
+        found = httpx.get(f"{urls['prometheus']}/api/v1/query", params={"query": "up == 1"}).json()["data"]["result"]
+        return {each["metric"].get("model", each["metric"]["type"]) for each in found}
+
+    eventually(lambda: up() == {"router", "chat", "embedding"}, 60)
+    before = _reloaded(urls["prometheus"])
+    assert deployed.run("reload").stdout == "nothing has changed\n"
+    eventually(lambda: _reloaded(urls["prometheus"]) > before)
+
+    # A port that waits for a restart must not reach nginx before the router.
+    conf = home / "run/rendered/nginx/nginx.conf"
+    rendered = conf.read_text()
+    deployed.ports["router"] = free_port()
+    deployed.configure()
+    assert "router.port" in deployed.run("reload").stdout
+    assert conf.read_text() == rendered
+    assert deployed.run("stop").stdout == "stopped\n"
+    assert deployed.processes() == []
+    assert deployed.traces() == set()
+
+
+def _reloaded(url: str) -> float:
+    said = httpx.get(f"{url}/metrics").text
+    (value,) = re.findall(r"^prometheus_config_last_reload_success_timestamp_seconds (\S+)$", said, re.MULTILINE)
+    return float(value)

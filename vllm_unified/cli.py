@@ -137,7 +137,7 @@ def check(project: Project, machine: bool, before: str | None) -> None:
     for name in unknown_models(read_keys(project.home), handles):
         click.echo(f'{FILE}: no model is called "{name}"; the keys that name it can\'t use it', err=True)
     if machine:
-        from vllm_unified.machine import problems_of_machine, to_be_fetched
+        from vllm_unified.machine import notes_of_machine, problems_of_machine, to_be_fetched
         from vllm_unified.supervision.ask import programs
 
         running = programs(settings.run) is not None
@@ -145,6 +145,8 @@ def check(project: Project, machine: bool, before: str | None) -> None:
         problems = problems_of_machine(settings, coming=coming, running=running)
         if problems:
             raise ConfigError(problems)
+        for note in notes_of_machine(settings):
+            click.echo(note, err=True)
     click.echo(f"{settings.shown_file}: {_models(len(settings.models))}, nothing wrong")
 
 
@@ -186,9 +188,10 @@ def plan(project: Project, as_json: bool) -> None:
 @cli.command()
 @click.pass_obj
 def render(project: Project) -> None:
-    """Write run/supervisord.conf and run/placement.json from the configuration."""
+    """Write run/supervisord.conf, run/placement.json and run/rendered from the configuration."""
     from vllm_unified.engines.placement import placement_text
     from vllm_unified.supervision.conf import supervisord_conf
+    from vllm_unified.supervision.rendered import write_rendered
 
     settings = project.settings()
     text = supervisord_conf(settings)
@@ -197,6 +200,7 @@ def render(project: Project) -> None:
     (settings.run / "supervisord.conf").write_text(text, encoding="utf-8")
     (settings.run / "placement.json").write_text(placement, encoding="utf-8")
     (settings.run / "config").write_text(f"{settings.file}\n", encoding="utf-8")
+    write_rendered(settings)
     click.echo(f"wrote {settings.run / 'supervisord.conf'}")
 
 
@@ -264,8 +268,9 @@ def documents(project: Project) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
 @click.option("--watch", "watched", is_flag=True, help="Show it anew every second, until Ctrl-C.")
+@click.option("--container", "containers", multiple=True, hidden=True, metavar="NAME=STATE", help="Beside this one.")
 @click.pass_obj
-def status(project: Project, as_json: bool, watched: bool) -> None:
+def status(project: Project, as_json: bool, watched: bool, containers: tuple[str, ...]) -> None:
     """Show what runs. Exits with 0 when every required model is ready, else with 3."""
     from rich.console import Console
 
@@ -274,9 +279,10 @@ def status(project: Project, as_json: bool, watched: bool) -> None:
     if watched and as_json:
         raise click.UsageError("--watch is for people, --json for machines; ask for the JSON as often as you need it")
     settings = project.running_settings()
+    beside = dict(each.split("=", 1) for each in containers)
     if watched:
-        watch(settings)
-    now = Status.now(settings)
+        watch(settings, beside)
+    now = Status.now(settings, beside)
     if as_json:
         print_json(now.document())
     else:
@@ -389,7 +395,9 @@ def selftest(project: Project, as_json: bool) -> None:
 def reload(project: Project, as_json: bool, restarted: str | None) -> None:
     """Let the running deployment take up what changed in the configuration, and say what waits for a restart."""
     from vllm_unified.console import print_json, reload_text
+    from vllm_unified.settings.changes import RESTART_ALL
     from vllm_unified.supervision.ask import programs
+    from vllm_unified.supervision.rendered import write_rendered
 
     settings = project.running_settings()
     if programs(settings.run) is None:
@@ -405,6 +413,9 @@ def reload(project: Project, as_json: bool, restarted: str | None) -> None:
     if code != HTTPStatus.OK:
         raise UserError(_refusal(code, said))
     document = json.loads(said)
+    # What waits for a restart of all, as another port does, must not reach nginx before the router.
+    if all(each["command"] != RESTART_ALL for each in document["restart"]):
+        write_rendered(settings)
     if as_json:
         print_json(document)
     elif any(document.values()) or not restarted:
@@ -419,6 +430,50 @@ def _refusal(code: int, said: str) -> str:
         return str(json.loads(said)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"the router answers {code}: {said[:200]}"
+
+
+@cli.command()
+@click.option(
+    "--hours", type=click.FloatRange(min=0.1, max=24 * 366), default=6.0, show_default=True, help="The last ones."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="vllm-unified-report.html",
+    show_default=True,
+    metavar="FILE",
+    help="A page as FILE.html, with every chart; or a picture as FILE.png, of the overview.",
+)
+@click.option("--prometheus", "url", metavar="URL", help="Where it is (default http://127.0.0.1:VLLM_PROMETHEUS_PORT).")
+@click.option("--stream", is_flag=True, hidden=True, help="To standard output, in the form that FILE names.")
+@click.pass_obj
+def report(project: Project, hours: float, output: Path, url: str | None, stream: bool) -> None:
+    """Draw the charts of the last hours, as Grafana shows them. Exits with 3 where no Prometheus answers.
+
+    \b
+    vllm-unified report                                    a page, of the last six hours
+    vllm-unified report --hours 24 --output day.html
+    vllm-unified report --output now.png --hours 1
+    """
+    if output.suffix not in (".html", ".png"):
+        raise click.UsageError(f"--output {output}: say FILE.html for a page or FILE.png for a picture")
+    from vllm_unified.monitoring.history import history
+    from vllm_unified.monitoring.prometheus import NoAnswerError, Prometheus, Span
+    from vllm_unified.monitoring.report import page, picture
+
+    end = time.time()
+    url = url or project.running_settings().prometheus_url
+    try:
+        seen = history(Prometheus(url, Span(end - hours * 3600, end)), whole=output.suffix == ".html")
+    except NoAnswerError as error:
+        click.echo(f"{error}; COMPOSE_PROFILES=monitoring in .env turns it on, with ./deploy.sh restart", err=True)
+        sys.exit(NOT_RUNNING)
+    content = page(seen).encode() if output.suffix == ".html" else picture(seen)
+    if stream:
+        sys.stdout.buffer.write(content)
+    else:
+        output.write_bytes(content)
+        click.echo(f"wrote {output}")
 
 
 @cli.command()

@@ -4,7 +4,8 @@ Where they are read (NVML, or a file that stands in for the cards) is apart from
 (CUDA_VISIBLE_DEVICES), so that the choice needs no cards.
 """
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -175,22 +176,70 @@ def _mig_handles(handle: object) -> list[object]:
     return found
 
 
-def held_on_gpus(pids: Collection[int]) -> int | None:
-    """Bytes that these processes hold on all GPUs; None where the driver does not tell, as in most containers."""
+def held_on_gpus() -> dict[int, int] | None:
+    """Bytes that each process holds on all GPUs; None where the driver does not tell, as in most containers."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return None
+    held: Counter[int] = Counter()
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-        running = [each for handle in handles for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
-        return sum(each.usedGpuMemory or 0 for each in running if each.pid in pids) or None
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+            for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                held[each.pid] += each.usedGpuMemory or 0
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
+    return held
+
+
+@dataclass(frozen=True)
+class Sensors:
+    """Of one GPU; None where the driver does not tell, as of a MIG part. `limit_celsius`: it runs slower from there."""
+
+    celsius: float | None
+    limit_celsius: float | None
+    watts: float | None
+
+
+def read_sensors(handles: Collection[str]) -> dict[str, Sensors]:
+    """By handle, of the GPUs that answer."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    try:
+        found = ((handle, _sensors(handle)) for handle in handles)
+        return {handle: sensors for handle, sensors in found if sensors}
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _sensors(uuid: str) -> Sensors | None:
+    import pynvml
+
+    def asked(question: Callable[..., int], *arguments: object) -> int | None:
+        try:
+            return question(handle, *arguments)
+        except pynvml.NVMLError:
+            return None
+
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError:  # lost, or of a file that stands in for the cards
+        return None
+    milliwatts = asked(pynvml.nvmlDeviceGetPowerUsage)
+    return Sensors(
+        celsius=asked(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
+        limit_celsius=asked(pynvml.nvmlDeviceGetTemperatureThreshold, pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
+        watts=None if milliwatts is None else milliwatts / 1000,
+    )
 
 
 def _utilization(handle: object) -> int | None:

@@ -62,7 +62,8 @@ def _stat(pid: int) -> tuple[str, int] | None:
 class EngineState:
     """`reason`: why the engine failed last. `note`: what is being waited for, or what looks wrong, now.
 
-    `ready_after`: seconds from start to ready, of the last start. `retry_at` is set in back-off alone.
+    `ready_after`: seconds from start to ready, of the last start. `down_for`: seconds from not ready to ready again, of
+    the last restart. `hangs`: restarts, among `restarts`, of an engine that hung. `retry_at` is set in back-off alone.
     """
 
     key: str
@@ -77,6 +78,8 @@ class EngineState:
     note: str | None = None
     retry_at: float | None = None
     ready_after: float | None = None
+    hangs: int = 0
+    down_for: float | None = None
 
     @property
     def is_kept(self) -> bool:

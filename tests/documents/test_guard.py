@@ -48,7 +48,7 @@ def test_what_is_found(fresh: Served, ocr: FakeOcr, model: str, guard: str, work
 def test_status_says_what_to_do(fresh: Served, ocr: FakeOcr) -> None:
     def shown() -> str:
         console = Console(file=io.StringIO(), width=400)
-        status = Status(settings, "running", "running", guard_of_service(settings), [], {})
+        status = Status(settings, "running", "running", guard_of_service(settings), [], {}, {})
         console.print(status.text())
         assert status.document()["documents"]["repetition_guard"] == status.guard
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]

@@ -1,6 +1,7 @@
 """The service's own metrics, for Prometheus: what waits, what was read, what was not and why, and for how long."""
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,7 +12,7 @@ from vllm_unified.documents.jobs import FAULT, Load
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import FULL_DISK
 from vllm_unified.documents.reading import EMPTY, FAILED, LOOPED, NOISE, REFUSED, TRUNCATED, TURNED
-from vllm_unified.documents.store import Store
+from vllm_unified.documents.store import FINISHED, State, Store
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds. A small model on a good card reads a page in half a second; one that is read again and again takes minutes.
@@ -65,9 +66,18 @@ class Metrics:
         )
         for reason in get_args(Reason):  # Prometheus takes no notice of a step from nothing to 1
             self._failed.labels(reason)
+        finished = "Documents that have ended, by how"
+        self._finished = Counter(f"{prefix}_finished", finished, ["state"], registry=registry)
+        for state in FINISHED:
+            self._finished.labels(state)
         self._states = Gauge(f"{prefix}", "Documents that are kept, by state", ["state"], registry=registry)
         self._documents = Gauge(f"{prefix}_unfinished", "Documents that have not finished", registry=registry)
         self._pages = Gauge(f"{prefix}_pages_waiting", "Pages that were not dealt with", registry=registry)
+        self._oldest = Gauge(
+            f"{prefix}_oldest_waiting_seconds",
+            "Of the document that waits longest for its first page",
+            registry=registry,
+        )
         self._in_flight = Gauge(f"{prefix}_pages_in_flight", "Pages that are read now", registry=registry)
         self._limit = Gauge(f"{prefix}_pages_in_flight_limit", "Pages that may be read at a time", registry=registry)
         self._bytes = Gauge(f"{prefix}_bytes", "Uploads and products on the disk", registry=registry)
@@ -82,12 +92,17 @@ class Metrics:
         else:
             self._done.inc()
 
+    def note_end(self, state: State) -> None:
+        self._finished.labels(state).inc()
+
     def text(self, load: Load, limit: int) -> bytes:
         """Of the type CONTENT_TYPE. Reads the disk. `limit`: of pages in flight."""
         for state, count in self._store.counts().items():
             self._states.labels(state).set(count)
         self._documents.set(load.documents)
         self._pages.set(load.pages)
+        oldest = self._store.oldest_queued()
+        self._oldest.set(0 if oldest is None else max(0.0, time.time() - oldest))
         self._in_flight.set(load.in_flight)
         self._limit.set(limit)
         self._bytes.set(self._store.size())

@@ -506,6 +506,7 @@ class Service:
         return self.settings.documents.pages_in_flight or self._in_flight.limit
 
     def _note_end(self, document: Document) -> None:
+        self.metrics.note_end(document.state)
         if self.spans is not None:
             self.spans.ended(document)
 

@@ -377,6 +377,14 @@ class Store:
             found = {state: count for state, count in connection.execute(counted)}
         return {state: found.get(state, 0) for state in STATES}
 
+    def oldest_queued(self) -> float | None:
+        """Since when the document waits that has waited longest for its first page, unix seconds; None: none waits."""
+        with self._transaction() as connection:
+            found: float | None = connection.scalar(
+                select(func.min(DOCUMENTS.c.queued_at)).where(DOCUMENTS.c.state == "queued")
+            )
+            return found
+
     def size(self) -> int:
         """Bytes of all documents' files together."""
         with self._transaction() as connection:

@@ -67,6 +67,7 @@ class Keeper:
         self.process: subprocess.Popen[bytes] | None = None
         self.reader: threading.Thread | None = None
         self.failures_in_a_row = 0
+        self.down_since: float | None = None
         self.lock_folder = self.run_folder / "locks"
         self.device_locks = [seat.lock for seat in orders.seats]
         self.state = EngineState(
@@ -179,10 +180,16 @@ class Keeper:
             self._launch(lock_descriptors) or self._wait_for_health(deadline) or self._wait_for_first_answer(deadline)
         )
         if failure is None:
-            self._enter(Phase.READY, reason=None, note=None, ready_after=round(time.monotonic() - began, 1))
+            self._enter_ready(began)
             self.log.say(f"ready after {self.state.ready_after} s")
             self.log.forget()
         return failure
+
+    def _enter_ready(self, began: float) -> None:
+        now = time.monotonic()
+        down_for = self.state.down_for if self.down_since is None else round(now - self.down_since, 1)
+        self.down_since = None
+        self._enter(Phase.READY, reason=None, note=None, ready_after=round(now - began, 1), down_for=down_for)
 
     def _missing_weights(self) -> str | None:
         if Path(self.orders.weights).is_dir():
@@ -258,6 +265,7 @@ class Keeper:
             self._note(f"no progress, {misses} of {check.misses} looks in a row")
             self.log.say(str(self.state.note), "warning")
             if misses >= check.misses and not self._has_exited():
+                self.state = replace(self.state, hangs=self.state.hangs + 1)
                 return f"hung: its server answers, but {misses} looks of {check.timeout:g} s saw no progress"
         return self._exit_reason()
 
@@ -342,6 +350,8 @@ class Keeper:
         """Nothing of it is left when this returns, its memory is back, and all that it wrote is in the log."""
         if self.process is None:
             return
+        if self.state.phase is Phase.READY:
+            self.down_since = time.monotonic()
         self._enter(Phase.STOPPING)
         self.process.poll()
         processes.end_descendants(self._tell_stuck)
@@ -381,7 +391,15 @@ class Keeper:
         if before is None:
             return
         if before.phase is not Phase.STOPPED:
-            self.state = replace(self.state, restarts=before.restarts + 1, reason="its keeper was killed")
+            self.state = replace(
+                self.state,
+                restarts=before.restarts + 1,
+                hangs=before.hangs,
+                down_for=before.down_for,
+                reason="its keeper was killed",
+            )
+        if before.phase is Phase.READY:
+            self.down_since = self.born
         if before.engine and processes.end_left_over(before.engine, self.mark):
             self.log.say(f"ended process group {before.engine.pid}, left behind by a killed keeper", "warning")
         if before.scratch and Path(before.scratch).name.startswith(f"vllm-unified-{self.orders.key}-"):

@@ -1,15 +1,12 @@
 """What an engine takes and does at this moment, asked from outside its keeper."""
 
-import contextlib
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import psutil
-
 from vllm_unified.devices import held_on_gpus
 from vllm_unified.engines.progress import read_counters
+from vllm_unified.held import gpu_memory_of, memory_of, processes_of
 from vllm_unified.settings import Settings
 from vllm_unified.state import EngineState, Phase
 
@@ -36,27 +33,9 @@ def usage_of_all(settings: Settings, states: Sequence[EngineState]) -> dict[str,
 def _usage(state: EngineState, url: str) -> Usage:
     if state.engine is None:
         return Usage()
-    group = _group(state.engine.pid)
+    group = processes_of([state.engine.pid])[state.engine.pid]
     serves = state.phase in (Phase.READY, Phase.DRAINING)
-    return Usage(_memory_of(group), held_on_gpus(group), _requests(url) if serves else None)
-
-
-def _group(leader: int) -> set[int]:
-    found = set()
-    for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(pid) == leader:
-                found.add(pid)
-    return found
-
-
-def _memory_of(pids: Collection[int]) -> int | None:
-    """Pages that the processes share count once (PSS)."""
-    sizes = []
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            sizes.append(int(psutil.Process(pid).memory_full_info().pss))
-    return sum(sizes) or None
+    return Usage(memory_of(group), gpu_memory_of(group, held_on_gpus()), _requests(url) if serves else None)
 
 
 def _requests(url: str) -> int | None:

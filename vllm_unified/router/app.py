@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
@@ -14,7 +14,7 @@ from vllm_unified import __version__, state
 from vllm_unified.devices import read_devices
 from vllm_unified.router.admin import Operations, add_admin, require_admin
 from vllm_unified.router.docs import add_docs
-from vllm_unified.router.engine_metrics import merged, sd_document
+from vllm_unified.router.engine_metrics import merged, of_engine, router_address, sd_document
 from vllm_unified.router.metrics import CONTENT_TYPE
 from vllm_unified.router.models import model_entry, model_list
 from vllm_unified.router.problems import RequestError, failure
@@ -131,27 +131,33 @@ def _add_information(app: FastAPI, router: Router) -> None:
 
 
 def _add_metrics(app: FastAPI, router: Router) -> None:
-    """For admin keys: they tell the names of all models and keys."""
+    """For Prometheus' key and admin keys: they tell the names of all models and keys."""
 
-    @app.get("/metrics", response_class=PlainTextResponse)
-    def metrics(request: Request) -> Response:
-        require_admin(request)
+    def require_reader(request: Request) -> None:
+        if request.state.key is not router.keys.scraper:
+            require_admin(request)
+
+    reading = [Depends(require_reader)]
+
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=reading)
+    def metrics() -> Response:
         return Response(router.metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.get("/metrics/engines", response_class=PlainTextResponse)
-    async def engine_metrics(request: Request) -> Response:
-        require_admin(request)
+    @app.get("/metrics/engines", response_class=PlainTextResponse, dependencies=reading)
+    async def engine_metrics() -> Response:
         return Response(await merged(router.registry, fetch), media_type=CONTENT_TYPE)
 
-    @app.get("/metrics/documents", response_class=PlainTextResponse)
-    async def documents_metrics(request: Request) -> Response:
-        require_admin(request)
+    @app.get("/metrics/engines/{key}", response_class=PlainTextResponse, dependencies=reading)
+    async def metrics_of_engine(key: str) -> Response:
+        return Response(await of_engine(router.registry, key, fetch), media_type=CONTENT_TYPE)
+
+    @app.get("/metrics/documents", response_class=PlainTextResponse, dependencies=reading)
+    async def documents_metrics() -> Response:
         return Response(await router.documents.ask("/metrics"), media_type=CONTENT_TYPE)
 
-    @app.get("/sd")
+    @app.get("/sd", dependencies=reading)
     async def service_discovery(request: Request) -> list[dict[str, Any]]:
-        require_admin(request)
-        address = router.settings.router_url.removeprefix("http://")
+        address = router_address(request.headers.get("host", ""), router.settings.router_url)
         return sd_document(router.registry, address, documents=router.settings.reads_documents)
 
 

@@ -92,10 +92,15 @@ class Gate:
             self._waiting = [each for each in self._waiting if not each[2].done()]
             heapq.heapify(self._waiting)
 
+    @property
+    def wait_seconds(self) -> float:
+        """What a request that comes now waits for its slot, at the pace of the last ones; 0 when one is free."""
+        if self.limit is None or self.active < self.limit:
+            return 0.0
+        return (self.queued + 1) * self.mean_seconds / self.limit
+
     def _retry_after(self) -> dict[str, str]:
-        """When the queue as it is now will have been served, at the pace of the last requests."""
-        seconds = (self.queued + 1) * self.mean_seconds / max(1, self.limit or 1)
-        return {"retry-after": str(max(1, min(LONGEST_RETRY_AFTER, math.ceil(seconds))))}
+        return {"retry-after": str(max(1, min(LONGEST_RETRY_AFTER, math.ceil(self.wait_seconds))))}
 
 
 def _was_given(slot: asyncio.Future[None]) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from vllm_unified import state
@@ -47,9 +48,11 @@ def hear_keeper(replica: Replica, run: Path) -> None:
     was_closed = replica.closed is not None
     said = state.read_as_written(run, replica.name)
     replica.ready_at = _ready_at(said) if said else None
+    replica.engine = said
     if said is None or said.phase is Phase.STOPPED:
         replica.closed = None
     elif not said.is_kept:
+        replica.engine = replace(said, phase=Phase.STOPPED, engine=None)
         replica.closed, replica.reason = "its keeper is gone, it is about to be restarted", None
     elif said.phase is not Phase.READY:
         replica.closed, replica.reason = NOT_READY.get(said.phase, str(said.phase)), said.reason

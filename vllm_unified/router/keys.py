@@ -6,7 +6,7 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from vllm_unified.errors import ConfigError
 from vllm_unified.router.limits import Window
 from vllm_unified.router.problems import RequestError
 from vllm_unified.router.usage import Usage, today
-from vllm_unified.settings.keys import DEPLOYMENT, FILE, KeyEntry, hash_of, read_keys
+from vllm_unified.settings.keys import DEPLOYMENT, FILE, KeyEntry, hash_of, metrics_key, read_keys
 
 # A file is read when two looks found the same: an editor may be in the middle of writing it.
 LOOK_SECONDS = 0.4
@@ -117,6 +117,22 @@ class Key:
             self._day_tokens += tokens
             self._month_tokens += tokens
 
+    def used_ratios(self, now: float, wall: float) -> Iterator[tuple[str, float]]:
+        """Of each limit that is set, the share that is used. From any thread: nothing is changed by it."""
+        entry = self.entry
+        is_today = wall < self._midnight
+        if entry.requests_per_minute is not None:
+            yield "requests_per_minute", self._requests.peek(now) / entry.requests_per_minute
+        if entry.tokens_per_minute is not None:
+            yield "tokens_per_minute", self._tokens.peek(now) / entry.tokens_per_minute
+        if entry.max_concurrent is not None:
+            yield "max_concurrent", self.in_flight / entry.max_concurrent
+        if entry.tokens_per_day is not None:
+            yield "tokens_per_day", self._day_tokens / entry.tokens_per_day if is_today else 0.0
+        if entry.tokens_per_month is not None:
+            is_this_month = is_today or self._month == _month_of(wall)
+            yield "tokens_per_month", self._month_tokens / entry.tokens_per_month if is_this_month else 0.0
+
     def _require_room(self, now: float, wall: float, in_flight: int) -> None:
         entry = self.entry
         if wall > self._expires:
@@ -156,11 +172,14 @@ class Key:
 
 
 class KeyRing:
-    """The deployment's own key, which always works, and those of config/keys.yaml."""
+    """The deployment's own key, which always works, those of config/keys.yaml, and `scraper`: the key that Prometheus
+    has, which `authenticate` does not know.
+    """
 
     def __init__(self, deployment_key: str, home: Path, usage: Usage) -> None:
         """A file that is wrong is logged and stands in `problem`; the deployment's key works without it."""
         self.deployment = Key(KeyEntry.model_construct(name=DEPLOYMENT, hash=hash_of(deployment_key), admin=True))
+        self.scraper = Key(KeyEntry.model_construct(name="metrics", hash=hash_of(metrics_key(deployment_key))))
         self._home = home
         self._usage = usage
         self._keys: dict[str, Key] = {}
@@ -186,6 +205,11 @@ class KeyRing:
         key = self._by_value.get(value) or self._by_hash(value)
         key.require_valid(time.time())
         return key
+
+    def authenticate_scraper(self, value: bytes | None) -> Key:
+        """`scraper`, or any other key. Raises RequestError 401."""
+        digest = hashlib.sha256(value or b"").digest()
+        return self.scraper if hmac.compare_digest(self.scraper.digest, digest) else self.authenticate(value)
 
     def on_behalf_of(self, name: str) -> Key:
         """The key that a request of the deployment's own is charged to. Raises RequestError 401."""
@@ -254,6 +278,11 @@ class KeyRing:
 
 def _not_let_in(message: str) -> RequestError:
     return RequestError(401, message, code="invalid_api_key")
+
+
+def _month_of(wall: float) -> tuple[int, int]:
+    day = datetime.fromtimestamp(wall, UTC)
+    return day.year, day.month
 
 
 def _next_month(wall: float) -> float:

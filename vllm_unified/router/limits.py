@@ -30,6 +30,13 @@ class Window:
             self._move_to(second)
         return self._total
 
+    def peek(self, now: float) -> int:
+        """The total, from any thread: nothing is changed by it."""
+        gone = int(now) - self._second
+        if gone >= SECONDS:
+            return 0
+        return self._total - sum(self._slots[(self._second + 1 + passed) % SECONDS] for passed in range(gone))
+
     def seconds_until_below(self, limit: int, now: float) -> float:
         """How long until the total is less than `limit`, which is 1 at least, if nothing more is added."""
         left = self.total(now)

@@ -61,6 +61,10 @@ class Served:
         seconds = math.ceil(min(known) - now) if known else RETRY_AFTER_SECONDS
         return max(1, min(seconds, LONGEST_RETRY_AFTER))
 
+    def wait_seconds(self, now: float) -> float:
+        """What a request that comes now is likely to wait, as Retry-After tells those that are refused."""
+        return self.gate.wait_seconds if self.ready else float(self.retry_after(now))
+
     def open_to(self, key: Key) -> bool:
         return key.may_use(self.handles)
 

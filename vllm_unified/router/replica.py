@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from vllm_unified.router.outbox import Outbox
 from vllm_unified.settings.schema import Endpoint
+from vllm_unified.state import EngineState
 
 if TYPE_CHECKING:
     from vllm_unified.router.upstream import UpstreamConnection
@@ -75,7 +76,8 @@ class Breaker:
 class Replica:
     """`error`: why it is not ready, in words for everyone; None when it is. `reason`: what its log says, for those
     with a key. `closed`: its keeper says that nothing may be sent to it. `ready_at`: when it is likely to be ready
-    (time.monotonic() seconds), by its last start; None where nobody knows.
+    (time.monotonic() seconds), by its last start; None where nobody knows. `engine`: what is known of its engine, None
+    where no keeper has had it yet.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Replica:
         self.error: str | None = "not looked at yet"
         self.reason: str | None = None
         self.ready_at: float | None = None
+        self.engine: EngineState | None = None
         self.retired = False  # no longer in the settings: its connections are not kept
         self.in_flight = 0
         self.breaker = Breaker()

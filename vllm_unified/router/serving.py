@@ -23,8 +23,10 @@ from vllm_unified.router.docs import DOCS_PATHS
 from vllm_unified.router.documents import DocumentExchange, Documents
 from vllm_unified.router.forward import Exchange, Forwarding
 from vllm_unified.router.keys import KeyRing
+from vllm_unified.router.machine import Machine
 from vllm_unified.router.metrics import Metrics
 from vllm_unified.router.problems import RequestError
+from vllm_unified.router.proxies import FORWARDED_FOR, TrustedProxies
 from vllm_unified.router.record import Record
 from vllm_unified.router.registry import Registry
 from vllm_unified.router.regularly import regularly
@@ -61,9 +63,16 @@ class Router:
         self.max_upload_bytes = (settings.documents.max_upload_mib + documents.FORM_MIB) << 20
         self.documents = Documents(self.forwarding, settings.documents_url, settings.require_api_key())
         self.app: ASGIApp | None = None
+        self.proxies = TrustedProxies(settings.router.trusted_proxies)
         self.server = Server(self)
-        self.metrics = Metrics(self.registry, lambda: len(self.server.connections))
         self.access_log = AccessLog(sys.stdout.buffer)
+        self.metrics = Metrics(
+            self.registry,
+            lambda: self.keys.keys,
+            lambda: len(self.server.connections),
+            lambda: self.access_log.dropped,
+            Machine(lambda: self.settings, lambda: list(self.replicas())),
+        )
         self._take_notes()
 
     def apply(self, settings: Settings) -> None:
@@ -73,6 +82,7 @@ class Router:
         self.registry.apply(settings)
         self.max_body_bytes = self.forwarding.max_body_bytes = settings.router.max_body_mib << 20
         self.forwarding.retries = settings.router.retries
+        self.proxies = TrustedProxies(settings.router.trusted_proxies)
         self._take_notes()
 
     def _take_notes(self) -> None:
@@ -86,11 +96,16 @@ class Router:
     # --- a request, from its head on ---
 
     def admit(self, request: Request) -> None:
+        if FORWARDED_FOR in request.fields:
+            request.peer = self.proxies.client_of(request.peer, request.fields[FORWARDED_FOR])
         path = request.path
         if path in OPEN_PATHS or _is_preflight(request):
             return
         if path not in BY_PATH and documents.pattern_of(path) is not None:
             self._admit_to_documents(request)
+            return
+        if path == b"/sd" or path == b"/metrics" or path.startswith(b"/metrics/"):
+            request.key = self.keys.authenticate_scraper(_token(request))
             return
         key = request.key = self.keys.authenticate(_token(request))
         if key is self.keys.deployment and b"x-on-behalf-of" in request.fields and path in BY_PATH:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import hmac
 import os
 import re
 import secrets
@@ -148,6 +149,11 @@ def new_key() -> tuple[str, str]:
     # every request what protects passwords, which people choose.
     value = f"sk-{secrets.token_urlsafe(32)}"
     return value, hash_of(value)
+
+
+def metrics_key(api_key: str) -> str:
+    """What Prometheus scrapes with. It follows from the deployment's key, and tells nothing of it."""
+    return f"metrics-{hmac.new(api_key.encode(), b'vllm-unified metrics', hashlib.sha256).hexdigest()}"
 
 
 def hash_of(value: str) -> str:
