@@ -349,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, {"data": [model]})
         elif self.path in ("/metrics", "/metrics/engines") and not ocr.behaviour.get("no_metrics"):
             name = ocr.behaviour.get("model", "ocr")
-            labels = f'{{model_key="{name}",replica="ocr-1",engine="0",model_name="{name}"}}'
+            labels = f'{{model="{name}",replica="ocr-1",engine="0",model_name="{name}"}}'
             self.answer(
                 200,
                 f"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{labels} {ocr.running}.0\n"

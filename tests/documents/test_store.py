@@ -418,6 +418,16 @@ class TestList:
         assert (counts["queued"], counts["cancelled"], counts["running"]) == (*count, 0)
 
 
+def test_since_when_the_oldest_document_waits(store: Store) -> None:
+    assert store.oldest_queued() is None
+    first, second = queued(store, 1, 1, now=10.0), queued(store, 1, 2, now=20.0)
+    assert store.oldest_queued() == 10.0
+    store.start_pages({first: 1}, 30.0)
+    assert store.oldest_queued() == 20.0
+    store.cancel(second, 40.0)
+    assert store.oldest_queued() is None
+
+
 class TestWebhook:
     @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
     def test_is_due_at_the_end_and_until_it_arrived(self, store: Store, end: Any) -> None:

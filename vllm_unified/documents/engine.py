@@ -283,7 +283,7 @@ def _queue(text: str, model: str) -> Queue | None:
     try:
         for family in text_string_to_metric_families(lines):
             for sample in family.samples:
-                if sample.name in counts and model in (sample.labels.get("model_key"), sample.labels.get("model_name")):
+                if sample.name in counts and model in (sample.labels.get("model"), sample.labels.get("model_name")):
                     counts[sample.name] += sample.value
                     found = True
         running, waiting = map(int, counts.values())
