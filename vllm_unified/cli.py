@@ -464,7 +464,8 @@ def report(project: Project, hours: float, output: Path, url: str | None, stream
     end = time.time()
     url = url or project.running_settings().prometheus_url
     try:
-        seen = history(Prometheus(url, Span(end - hours * 3600, end)), whole=output.suffix == ".html")
+        with Prometheus(url, Span(end - hours * 3600, end)) as prometheus:
+            seen = history(prometheus, whole=output.suffix == ".html")
     except NoAnswerError as error:
         click.echo(f"{error}; COMPOSE_PROFILES=monitoring in .env turns it on, with ./deploy.sh restart", err=True)
         sys.exit(NOT_RUNNING)

@@ -254,7 +254,7 @@ def _scale_axis(axes: Axes, chart: Chart, highest: float) -> None:
     top = min(highest * 1.12, chart.top) if chart.top and highest * 1.12 > chart.top * 0.6 else highest * 1.12
     top = top or scale.factor  # nothing but zeros: a line at the bottom
     axes.set_ylim(0, top * 1.02)
-    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / scale.factor)
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=chart.unit == "short").tick_values(0, top / scale.factor)
     axes.yaxis.set_major_locator(
         FixedLocator([tick * scale.factor for tick in ticks if tick * scale.factor <= top * 1.02])
     )
@@ -270,7 +270,7 @@ def _draw_limits(axes: Axes, chart: Chart) -> None:
 
 
 def _time_axis(axes: Axes, look: Look) -> None:
-    locator = AutoDateLocator(look.zone, minticks=3, maxticks=7)
+    locator = AutoDateLocator(look.zone, minticks=4, maxticks=8)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, look.zone, show_offset=False))
     axes.set_xlim(look.date(look.span.start), look.date(look.span.end))

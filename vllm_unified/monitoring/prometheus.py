@@ -65,6 +65,12 @@ class Prometheus:
         # A proxy that the environment names is for the world outside.
         self._client = httpx.Client(timeout=SECONDS, trust_env=False)
 
+    def __enter__(self) -> "Prometheus":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
     def series(self, query: Query, model: str = "") -> list[Series]:
         """Over all of the span. `model`: what $model stands for."""
         times = self.span.times

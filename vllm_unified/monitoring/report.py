@@ -8,15 +8,17 @@ from lxml import etree  # type: ignore[import-untyped]
 from lxml import html as lxml_html
 from lxml.html.builder import E  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from vllm_unified import __version__
-from vllm_unified.monitoring.charts import MODELS, Chart, Kind
+from vllm_unified.monitoring.charts import MODELS, Chart, Colour, Kind
 from vllm_unified.monitoring.drawing import FAINT, INK, RULE, Look, colour_of, draw, picture_of, style, svg_of
-from vllm_unified.monitoring.history import MOST_MODELS, Alert, History, Line, Part, Section, Seen
+from vllm_unified.monitoring.history import MOST_MODELS, OVER_TIME, Alert, History, Line, Part, Section, Seen
 from vllm_unified.monitoring.units import shown
 
 TITLE = "vllm-unified"
+GROUND = "#f6f7f9"
+MARGIN = 0.22  # inches
 MOST_ALERTS_IN_PICTURE = 6
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --faint: #6b7280; --rule: #e5e7eb; }
@@ -88,25 +90,22 @@ def picture(seen: History) -> bytes:
     look = _look(seen)
     overview = [each for part in seen.overview.parts for each in part.seen]
     rows = next(each.lines for each in overview if each.chart is MODELS)
-    tiles = [each for each in overview if each.chart.kind is Kind.STAT]
-    charts = [each for each in overview if _is_drawn(each)]
-    heights = [1.15, 0.36 + 0.27 * len(rows), *([_alerts_height(seen)] if seen.alerts else [])]
-    chart_rows = [charts[at : at + 2] for at in range(0, len(charts), 2)]
-    heights += [2.35] * len(chart_rows)
+    charts = [each for each in overview if each.chart.kind in OVER_TIME and not each.is_empty]
+    pairs = [charts[at : at + 2] for at in range(0, len(charts), 2)]
+    heights = [1.3, 0.5 + 0.27 * len(rows), *([_alerts_height(seen)] if seen.alerts else []), *[2.6] * len(pairs)]
     with style():
-        figure = Figure(figsize=(12, sum(heights) + 0.12 * len(heights)), layout="constrained", facecolor="white")
-        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.06)  # type: ignore[union-attr]
-        grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-        _draw_head(figure.add_subplot(grid[0, :]), seen, look, tiles)
-        _draw_table(figure.add_subplot(grid[1, :]), rows)
+        figure = Figure(figsize=(12, sum(heights)), layout="constrained", facecolor=GROUND)
+        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.11)  # type: ignore[union-attr]
+        strips = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02, squeeze=False)[:, 0]
+        _draw_head(strips[0], seen, look, [each for each in overview if each.chart.kind is Kind.STAT])
+        _draw_table(_card(strips[1]), rows)
         if seen.alerts:
-            _draw_alerts(figure.add_subplot(grid[2, :]), seen.alerts, look)
-        first = len(heights) - len(chart_rows)
-        for at, pair in enumerate(chart_rows):
-            for column, each in enumerate(pair):
-                axes = figure.add_subplot(grid[first + at, column])
-                axes.set_title(each.chart.title)
-                draw(axes, each.chart, each.lines, look)
+            _draw_alerts(_card(strips[2]), seen.alerts, look)
+        for strip, pair in zip(strips[-len(pairs) :], pairs, strict=True):
+            for place, each in zip(strip.subfigures(1, 2, wspace=0.012), pair, strict=False):
+                place.set_facecolor("white")
+                place.suptitle(each.chart.title, x=0.02, ha="left", fontsize=10, fontweight="bold", color=INK)
+                draw(place.add_subplot(), each.chart, each.lines, look)
         return picture_of(figure, "png")
 
 
@@ -116,12 +115,8 @@ def _look(seen: History) -> Look:
 
 def _span(seen: History, look: Look) -> str:
     start, end = (datetime.fromtimestamp(at, look.zone) for at in (seen.span.start, seen.span.end))
-    same_day = start.date() == end.date()
-    return (
-        f"{start:%Y-%m-%d %H:%M} to {end:%H:%M}"
-        + (f" ({end:%Z})" if same_day else f" on {end:%Y-%m-%d} ({end:%Z})")
-        + f", {shown(seen.span.seconds, 's')}"
-    )
+    day = "" if start.date() == end.date() else f"{end:%Y-%m-%d} "
+    return f"{start:%Y-%m-%d %H:%M} to {day}{end:%H:%M} ({end:%Z}), {shown(seen.span.seconds, 's')}"
 
 
 def _which_models(seen: History) -> str:
@@ -236,61 +231,71 @@ def _quiet(section: Section) -> Iterator[etree._Element]:
 
 
 def _alert_cells(alert: Alert, look: Look) -> list[str]:
-    start, end = (
-        f"{datetime.fromtimestamp(at or look.span.end, look.zone):%m-%d %H:%M}" for at in (alert.start, alert.end)
-    )
-    lasted = shown((alert.end or look.span.end) - alert.start, "s")
-    return [alert.name, alert.about, alert.severity, start, end if alert.end else "still firing", lasted]
+    ended = alert.end or look.span.end
+    begin, end = (datetime.fromtimestamp(at, look.zone) for at in (alert.start, ended))
+    form = "%H:%M" if look.span.seconds < 86400 else "%m-%d %H:%M"
+    until = f"{end:{form}}" if alert.end else "still firing"
+    return [alert.name, alert.about, alert.severity, f"{begin:{form}}", until, shown(ended - alert.start, "s")]
 
 
 # --- the picture ---
 
 
-def _draw_head(axes: Axes, seen: History, look: Look, tiles: Sequence[Seen]) -> None:
+def _card(place: SubFigure) -> Axes:
+    """All of the place, for words; the units are inches."""
+    place.set_facecolor("white")
+    axes = place.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.text(0, 1, TITLE, fontsize=17, fontweight="bold", va="top", transform=axes.transAxes)
-    axes.text(1, 0.97, _span(seen, look), color=FAINT, va="top", ha="right", transform=axes.transAxes)
+    width, height = place.bbox.width / place.figure.dpi, place.bbox.height / place.figure.dpi
+    axes.set_xlim(-MARGIN, width - MARGIN)
+    axes.set_ylim(height, 0)
+    return axes
+
+
+def _draw_head(place: SubFigure, seen: History, look: Look, tiles: Sequence[Seen]) -> None:
+    axes = _card(place)
+    place.set_facecolor(GROUND)
+    right = axes.get_xlim()[1] - MARGIN
+    axes.text(0, 0.28, TITLE, fontsize=17, fontweight="bold", va="center")
+    axes.text(right, 0.28, _span(seen, look), color=FAINT, va="center", ha="right")
     for at, each in enumerate(tiles):
-        left = at / len(tiles)
+        left = at * right / len(tiles)
         value = each.lines[0].values[0] if each.lines else math.nan
-        axes.text(
-            left,
-            0.36,
-            _told(each.chart, value),
-            fontsize=15,
-            color=colour_of(each.chart, value) or INK,
-            transform=axes.transAxes,
-        )
-        axes.text(left, 0.12, each.chart.title, color=FAINT, transform=axes.transAxes)
+        colour = colour_of(each.chart, value) or INK
+        axes.text(left, 0.82, _told(each.chart, value), fontsize=16, color=colour, va="center")
+        axes.text(left, 1.1, each.chart.title, color=FAINT, va="center")
 
 
 def _draw_table(axes: Axes, rows: Sequence[Line]) -> None:
-    axes.set_axis_off()
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(rows) + 0.9, -0.1)
-    rights = [0.14 + 0.86 * (at + 1) / len(MODELS.queries) for at in range(len(MODELS.queries))]
-    for right, query in zip(rights, MODELS.queries, strict=True):
-        axes.text(right, 0.4, query.legend, color=FAINT, ha="right", va="center")
-    for at, row in enumerate(rows, 1):
-        axes.axhline(at - 0.1, color=RULE, linewidth=0.8)
-        axes.text(0, at + 0.4, row.name, fontweight="bold", va="center")
-        for column, (right, value) in enumerate(zip(rights, row.values, strict=True)):
+    right = axes.get_xlim()[1] - MARGIN
+    first = max(1.0, *(0.09 * len(row.name) for row in rows), 0)
+    rights = [first + (right - first) * (at + 1) / len(MODELS.queries) for at in range(len(MODELS.queries))]
+    for edge, query in zip(rights, MODELS.queries, strict=True):
+        axes.text(edge, 0.22, query.legend, color=FAINT, ha="right", va="center")
+    for at, row in enumerate(rows):
+        middle = 0.5 + 0.27 * at
+        axes.plot([0, right], [middle - 0.135] * 2, color=RULE, linewidth=0.8)
+        axes.text(0, middle, row.name, fontweight="bold", va="center")
+        for column, (edge, value) in enumerate(zip(rights, row.values, strict=True)):
             colour = colour_of(MODELS, value) if column == 0 else None
-            axes.text(right, at + 0.4, _in_table(column, value), color=colour or INK, ha="right", va="center")
+            axes.text(edge, middle, _in_table(column, value), color=colour or INK, ha="right", va="center")
 
 
 def _alerts_height(seen: History) -> float:
-    return 0.4 + 0.25 * min(len(seen.alerts), MOST_ALERTS_IN_PICTURE + 1)
+    return 0.5 + 0.24 * min(len(seen.alerts), MOST_ALERTS_IN_PICTURE + 1)
 
 
 def _draw_alerts(axes: Axes, alerts: Sequence[Alert], look: Look) -> None:
-    axes.set_axis_off()
-    axes.set_title("Alerts")
-    lines = [
-        "   ".join(cell for cell in _alert_cells(alert, look) if cell) for alert in alerts[:MOST_ALERTS_IN_PICTURE]
-    ]
+    axes.text(0, 0.22, "Alerts", fontsize=10, fontweight="bold", va="center")
+    for at, alert in enumerate(alerts[:MOST_ALERTS_IN_PICTURE]):
+        middle = 0.5 + 0.24 * at
+        name, about, severity, start, end, lasted = _alert_cells(alert, look)
+        axes.text(0, middle, name, color=Colour.BAD, va="center")
+        axes.text(2.2, middle, about, va="center")
+        axes.text(6.2, middle, severity, color=FAINT, va="center")
+        axes.text(
+            7.4, middle, f"{start} to {end}, {lasted}" if alert.end else f"{start}, {end}", color=FAINT, va="center"
+        )
     if len(alerts) > MOST_ALERTS_IN_PICTURE:
-        lines.append(f"{len(alerts) - MOST_ALERTS_IN_PICTURE} more")
-    axes.set_ylim(len(lines), 0)
-    for at, line in enumerate(lines):
-        axes.text(0, at + 0.5, line, va="center")
+        middle = 0.5 + 0.24 * MOST_ALERTS_IN_PICTURE
+        axes.text(0, middle, f"{len(alerts) - MOST_ALERTS_IN_PICTURE} more", color=FAINT, va="center")

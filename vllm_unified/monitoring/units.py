@@ -13,7 +13,9 @@ class Scale:
     suffix: str
 
     def text(self, value: float) -> str:
-        """With three digits, as 1,234 or 12.3 or 0.0123."""
+        """With three digits, as 1,234 or 12.3 or 0.0123; nothing is nothing in any unit."""
+        if value == 0:
+            return "0"
         value = value / self.factor
         size = abs(value)
         digits = 0 if size >= 100 or size == round(size) else max(0, 2 - math.floor(math.log10(size)))
