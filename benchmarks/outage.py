@@ -123,7 +123,7 @@ def empty_charts(seen: History) -> list[str]:
     """Of the dashboards, each once; those of GPUs are empty on a machine without one."""
     return sorted(
         {
-            f"{section.title}: {each.chart.title}"
+            f"{section.dashboard.title}: {each.chart.title}"
             for section in seen.sections
             for part in section.parts
             for each in part.seen
