@@ -30,7 +30,7 @@ usage: ./deploy.sh VERB [options]
                                   restart
   status [--json | --watch]       what runs; exit code 0 when all is ready, 3 when not
   logs [NAME…] [--follow] [--lines N] [--errors] [--since WHEN] [--json]
-                                  what all wrote last, or a model, router, documents …, in the order of time
+                                  what all wrote last, or a model, router, documents, nginx …, in the order of time
                                   --errors: only these, and requests that failed by no fault of their clients
                                   --since: 30s, 10m, 2h, 3d, or a moment as 2026-11-22T15:00
                                   --lines: the last N (default 50; with --since, all)
@@ -192,10 +192,9 @@ verb_status() {
 # Of what does not run any more too, as long as its files are there.
 verb_logs() {
   if [[ $RUNTIME == docker && ${1:-} =~ ^(nginx|prometheus|grafana)$ ]]; then
-    logs_of_container "$@"
+    logs_of_companion "$@"
     return
-  fi
-  if [[ $RUNTIME == docker && $(container_state) != running ]]; then
+  elif [[ $RUNTIME == docker && $(container_state) != running ]]; then
     die "the container does not run; docker logs $CONTAINER shows what it wrote"
   elif [[ $RUNTIME == native && ! -x $VENV/bin/vllm-unified ]]; then
     die "$VENV is not there, and reading logs needs it; ./deploy.sh start makes it (the files are in $(home)/run/logs)"
@@ -403,26 +402,6 @@ reload_companions() {
       supervisorctl signal HUP "$name" >/dev/null
     fi
   done
-}
-# Those that have a container of their own are not in ours.
-logs_of_container() { # NAME [OPTION…]
-  local name=$1 id tail=50 options=()
-  id=$(companion "$name")
-  [[ -n $id ]] || die "no container of $name; COMPOSE_PROFILES in .env says what runs beside the models"
-  shift
-  while (($#)); do
-    case $1 in
-      -f | --follow) options+=(--follow) ;;
-      --lines | --since)
-        [[ ${2:-} == [!-]* ]] || die "$1 wants a value"
-        if [[ $1 == --lines ]]; then tail=$2; else tail=all options+=(--since "$2"); fi
-        shift
-        ;;
-      *) wrong_usage "$1" ;;
-    esac
-    shift
-  done
-  docker logs --tail "$tail" "${options[@]}" "$id"
 }
 running_config() { inside cat "$(run_folder)/config"; }
 config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG

@@ -23,8 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"errors"},
     "engines": BASE | {"settings"},
     "supervision": BASE | {"settings", "engines"},
-    "router": BASE | {"settings"},
-    "documents": BASE | {"settings"},
+    # whose spans both are sent by
+    "tracing": {"errors", "settings"},
+    "router": BASE | {"settings", "tracing"},
+    "documents": BASE | {"settings", "tracing"},
     "hub": {"errors", "state", "settings"},
     "bundle": {"errors", "settings", "hub"},
     "backup": {"errors", "hub"},

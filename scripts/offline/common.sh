@@ -63,8 +63,8 @@ hash_files() { # FOLDER_FOR_OUTPUT FILE…
 
 temporary() { mktemp "$@" || die "no room for temporary files; set TMPDIR to a folder that has some"; }
 
-# wrong_files SUMS [FOLDER]: a line for each path of which the file is missing, another one, or can't be read. All cores
-# read. What could not be looked at is never taken for right.
+# wrong_files SUMS [FOLDER]: a line for each path of which the file is missing, another one, or can't be read. Two processes
+# a core, as one computes while the other waits for the disk. What could not be looked at is never taken for right.
 wrong_files() (
   sums=$1 folder=${2:-$ROOT}
   scratch=$(temporary -d)
@@ -78,7 +78,7 @@ wrong_files() (
   # shellcheck disable=SC2016 # awk's own
   for files in '$1 > 8000000:1' '$1 <= 8000000:50'; do
     awk "${files%:*}" "$scratch/sizes" | cut -d' ' -f2- | tr '\n' '\0' |
-      xargs -0 -r -P "$(nproc)" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
+      xargs -0 -r -P "$((2 * $(nproc)))" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
   done
   # shellcheck disable=SC2016 # awk's own
   { sed 's/^/=/' "$scratch"/[0-9]* 2>/dev/null || true; sed 's/^/:/' "$sums"; } | awk '
@@ -98,7 +98,8 @@ wrong_files() (
 )
 
 show_progress() { # SCRATCH NUMBER_OF_FILES
-  while sleep 5; do say "  checked $(cat "$1"/[0-9]* 2>/dev/null | wc -l) of $2 files" >&2; done
+  # Not with our stderr: whoever reads that would wait for the last sleep.
+  while sleep 5 2>/dev/null; do say "  checked $(cat "$1"/[0-9]* 2>/dev/null | wc -l) of $2 files" >&2; done
 }
 
 # SHA256SUMS and, of the bundle that an increment builds on, those files that are in this folder too.

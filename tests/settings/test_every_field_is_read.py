@@ -275,6 +275,8 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
+    # Seen at work in tests/router/test_spans.py and tests/documents/test_spans.py.
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://collector:4318", command),
     "COMPOSE_PROFILES": ("nginx", lambda settings: [each.name for each in wanted(settings)]),
     # Seen at work in tests/nginx.
     "VLLM_NGINX_HOST": ("0.0.0.0", lambda settings: settings.environment.nginx_host),

@@ -313,7 +313,8 @@ class Keeper:
 
     def _smallest_request(self, timeout: float) -> str | None:
         orders = self.orders
-        return progress.smallest_request(orders.url, orders.kind, orders.name, orders.api_key, timeout)
+        traces = "--otlp-traces-endpoint" in orders.argv
+        return progress.smallest_request(orders.url, orders.kind, orders.name, orders.api_key, timeout, traces=traces)
 
     def _off_thread(self, work: Callable[[], Result]) -> Result:
         """What `work` returns or raises; meanwhile we hear when we are told to stop."""

@@ -142,6 +142,8 @@ class DocumentExchange:
             request.key.name if request.key else "",
             pattern_of(request.path) or "",
         )
+        spans = documents.forwarding.spans
+        self._span = None if spans is None else spans.begin(request)
 
     def start(self) -> None:
         """What is handed in counts as a request of its key; to look after it does not."""
@@ -206,6 +208,9 @@ class DocumentExchange:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif b"content-length" in request.fields:
             lines.append(b"content-length: %d\r\n" % request.length)
+        if self._span is not None:
+            dropped = dropped | self._span.replaced
+            lines.append(self._span.line)
         lines += [b"%b: %b\r\n" % (name, value) for name, value in request.headers if name not in dropped]
         return b"".join((*lines, b"\r\n"))
 
@@ -340,6 +345,8 @@ class DocumentExchange:
             task.cancel()
         self._record.duration_us = self._microseconds()
         self._documents.forwarding.note(self._record)
+        if self._span is not None:
+            self._span.end(self._record)
 
     def _microseconds(self) -> int:
         return int((time.monotonic() - self._request.started) * 1e6)

@@ -35,6 +35,7 @@ from vllm_unified.router.routes import BY_PATH
 from vllm_unified.router.server import ClientConnection, Request, Server, Upload, Work
 from vllm_unified.router.usage import Usage
 from vllm_unified.settings import Settings
+from vllm_unified.tracing import tracer_of
 
 HEALTH_PATHS = frozenset({"/live", "/ready", "/health"})
 # The documentation is read by browsers, which have no key; it shows nothing of this deployment but model names.
@@ -156,6 +157,9 @@ class Router:
         record.status, record.error = error.status, error.owner
         record.duration_us = int((time.monotonic() - request.started) * 1e6)
         self.forwarding.note(record)
+        spans = self.forwarding.spans
+        if spans is not None and record.path:
+            spans.begin(request).end(record)
 
     def cors_headers(self, request: Request) -> bytes:
         """What lets a web page of an allowed origin read the answer."""
@@ -192,6 +196,11 @@ class Router:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """What goes on beside the requests."""
+        tracer = tracer_of(self.settings, "router")
+        if tracer is not None:
+            from vllm_unified.router.spans import Spans  # OpenTelemetry, of which nothing is needed without it
+
+            self.forwarding.spans = Spans(tracer)
         tasks = [
             asyncio.create_task(work)
             for work in (
@@ -214,6 +223,8 @@ class Router:
             self.forwarding.settle()
             self.usage.close()
             self.access_log.close()
+            if tracer is not None:
+                tracer.close()
 
     async def serve(self) -> None:
         """Until SIGTERM or SIGINT; then what is being answered ends within `system.drain_timeout`."""
