@@ -216,7 +216,7 @@ def test_so_far_of_a_file_that_was_rotated_meanwhile(folder: Path, monkeypatch: 
     write(folder / "chat.log", (1, "a"))
     rotate(folder / "chat.log")
     write(folder / "chat.log", (2, "b"))
-    rotated = []
+    rotated: list[Path] = []
 
     def open_and_rotate(path: Path, how: str, encoding: str | None = None) -> object:
         file = open(path, how, encoding=encoding)  # noqa: SIM115

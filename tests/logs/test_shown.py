@@ -66,6 +66,7 @@ def test_a_line(raw: str, text: str) -> None:
             {"status": 503, "error": "engine", "prompt_tokens": 0, "completion_tokens": 0},
             "503 1.5 s key=team error=engine",
         ),
+        ({"method": "GET"}, "GET /v1/chat/completions chat 200"),
         ({"model": "", "key": "", "path": "/v1/x"}, "/v1/x 200 1.5 s 12+34 tokens"),
     ],
 )

@@ -44,6 +44,7 @@ class Line(msgspec.Struct, gc=False):
     model: str = ""
     message: str = ""
     exception: str = ""
+    method: str = ""
     path: str = ""
     key: str = ""
     status: int = 0

@@ -55,6 +55,7 @@ def _request(line: Line, microseconds: int) -> str:
     """A line of the access log: /v1/chat/completions chat 200 1.2 s 30+120 tokens key=app"""
     milliseconds = microseconds / 1000
     words = [
+        line.method,  # which Nginx' lines have
         line.path,
         line.model,
         str(line.status) if line.status else "left",  # before an answer began
