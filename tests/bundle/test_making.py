@@ -28,6 +28,8 @@ def home(project: Project) -> Project:
     (project.home / ".env").write_text(f"VLLM_API_KEY={SECRET}\n")
     for name in ("keys.yaml", "keys.yaml~", ".keys.yaml.swp", "keys.yaml.bak", ".env.local"):
         (project.home / "config" / name).write_text(f"keys: [{{name: a, sha256: {SECRET}}}]\n")
+    (project.home / "config/tls").mkdir()
+    (project.home / "config/tls/key.pem").write_text(SECRET)
     return project
 
 

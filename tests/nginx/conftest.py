@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 
@@ -89,9 +90,14 @@ class Nginx:
 
     def client(self, key: str | None = API_KEY, **options: Any) -> httpx.Client:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        if self.authority:
-            options["verify"] = ssl.create_default_context(cafile=str(self.authority))
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20, **options)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20, verify=self._trusted(), **options)
+
+    def openai(self) -> openai.OpenAI:
+        client = openai.DefaultHttpxClient(verify=self._trusted())
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=20, http_client=client)
+
+    def _trusted(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=None if self.authority is None else str(self.authority))
 
 
 @pytest.fixture

@@ -57,10 +57,6 @@ class Speaker:
         connection.sendall(DONE)
 
 
-def openai_client(nginx: Nginx) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{nginx.url}/v1", api_key=API_KEY, max_retries=0, http_client=nginx.client(None))
-
-
 def words_of(client: openai.OpenAI) -> Iterator[str]:
     stream = client.chat.completions.create(
         model="raw", stream=True, messages=[{"role": "user", "content": "count"}], timeout=20
@@ -72,7 +68,7 @@ def words_of(client: openai.OpenAI) -> Iterator[str]:
 def test_each_token_is_there_before_the_next_one_is_said(site: Deployment, nginx: Nginx) -> None:
     """Nothing waits for more to come, on any of the ways: a word that is held back stops the engine."""
     speaker = Speaker(50)
-    with Engine(site.ports["raw"], speaker), openai_client(nginx) as client:
+    with Engine(site.ports["raw"], speaker), nginx.openai() as client:
         for number, word in enumerate(words_of(client)):
             assert word == f"{number} "
             assert speaker.said == number + 1
@@ -129,7 +125,7 @@ def test_a_reload_breaks_no_stream(site: Deployment, nginx: Nginx) -> None:
 
     def listen(number: int) -> list[str]:
         heard = []
-        with openai_client(nginx) as client:
+        with nginx.openai() as client:
             for word in words_of(client):
                 heard.append(word)
                 if len(heard) == 3:

@@ -5,10 +5,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
 import pytest
 
-from tests.conftest import API_KEY, Project
+from tests.conftest import Project
 from tests.nginx.conftest import Nginx
 from tests.router.conftest import Deployment
 from tests.router.wire import Client, post, request
@@ -28,9 +27,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Ite
 
 
 def test_openais_client_streams_over_it(secured: Nginx) -> None:
-    with openai.OpenAI(
-        base_url=f"{secured.url}/v1", api_key=API_KEY, max_retries=0, http_client=secured.client(None)
-    ) as client:
+    with secured.openai() as client:
         stream = client.chat.completions.create(
             model="chat", stream=True, messages=[{"role": "user", "content": "Say it"}]
         )
