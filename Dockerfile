@@ -39,12 +39,14 @@ RUN --mount=type=tmpfs,target=/tmp \
 RUN --mount=type=tmpfs,target=/tmp \
     --mount=type=bind,source=scripts,target=/build/scripts \
     --mount=type=bind,source=config,target=/build/config \
+    --mount=type=bind,source=monitoring,target=/build/monitoring \
     --mount=type=bind,from=wheel,source=/build/dist,target=/build/dist \
     /build/scripts/install_into_image package
 
 # HOME and USER also for a uid that the image has no name for, as with `docker run --user`.
 # Inside, everything listens; which port of the host leads there is said where it is published.
-ENV HOME=/app USER=vllm-unified VLLM_UNIFIED_HOME=/app VLLM_ROUTER_HOST=0.0.0.0 VLLM_ENGINE_HOST=0.0.0.0
+ENV HOME=/app USER=vllm-unified VLLM_UNIFIED_HOME=/app VLLM_UNIFIED_RUNTIME=docker \
+    VLLM_ROUTER_HOST=0.0.0.0 VLLM_ENGINE_HOST=0.0.0.0
 WORKDIR /app
 
 ARG DOWNLOAD_MODELS=false

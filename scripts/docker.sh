@@ -9,20 +9,59 @@ compose() {
   local files=(--file "$PWD/docker-compose.yml")
   has_nvidia_gpu || files+=(--file "$PWD/docker-compose.cpu.yml")
   ! is_demo "${CONFIG:-}" || files+=(--file "$PWD/docker-compose.demo.yml")
-  VLLM_UNIFIED_CONFIG=${CONFIG:-config/models.json} docker compose --project-directory "$(home)" "${files[@]}" "$@"
+  VLLM_UNIFIED_CONFIG=${CONFIG:-config/models.json} VLLM_UNIFIED_RELEASE=$PWD \
+    docker compose --project-directory "$(home)" "${files[@]}" "$@"
 }
+# Whatever profile they came with.
+compose_down() { compose --profile nginx --profile monitoring down; }
 
-image() { compose config --images 2>/dev/null | head -n 1; }
+image() { compose config --images vllm-unified 2>/dev/null; }
+# Of the profiles that are wanted.
+companion_images() { compose config --images 2>/dev/null | grep -vxF -- "$(image)" || true; }
 project() { compose config --format json | sed -n 's/^  "name": "\(.*\)",$/\1/p'; }
 has_image() { docker image inspect "$1" >/dev/null 2>&1; } # IMAGE
 docker_answers() { command -v docker >/dev/null && timeout 10 docker info >/dev/null 2>&1; }
 
 # This project's own, whatever its state is, and none of another folder, nor one that a command has for itself.
-container() {
+containers() { # FORMAT
   command -v docker >/dev/null || return 0
-  timeout 10 docker ps --all --quiet --filter "label=com.docker.compose.project.working_dir=$(home)" \
-    --filter label=com.docker.compose.service=vllm-unified --filter label=com.docker.compose.oneoff=False 2>/dev/null |
-    head -n 1 || true
+  timeout 10 docker ps --all --filter "label=com.docker.compose.project.working_dir=$(home)" \
+    --filter label=com.docker.compose.oneoff=False --format "{{.Label \"com.docker.compose.service\"}} $1" 2>/dev/null || true
+}
+container() { containers '{{.ID}}' | sed -n 's/^vllm-unified //p' | head -n 1; }
+companion() { containers '{{.ID}}' | sed -n "s/^$1 //p"; } # nginx, prometheus or grafana: its container, or nothing
+# A line each: its name, = and what Docker knows of its health.
+companion_states() {
+  local name id
+  while read -r name id; do
+    [[ $name != vllm-unified ]] || continue
+    say "$name=$(docker container inspect --format '{{if and .State.Running .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' "$id" 2>/dev/null || say gone)"
+  done < <(containers '{{.ID}}')
+}
+# What they write is Docker's alone.
+logs_of_companion() { # NAME [--follow] [--lines N] [--since WHEN]
+  local name=$1 id options=() last=(--tail 50)
+  shift
+  id=$(companion "$name")
+  [[ -n $id ]] || die "$name has no container here; COMPOSE_PROFILES in .env says which ones there are"
+  while (($#)); do
+    case $1 in
+      -f | --follow) options+=(--follow) ;;
+      --lines | --since)
+        [[ -n ${2:-} ]] || die "$1 wants a value"
+        if [[ $1 == --lines ]]; then last=(--tail "$2"); else options+=(--since "$2") last=(); fi
+        shift
+        ;;
+      *) die "$1: not for $name, whose container Docker keeps the log of: --follow, --lines N or --since WHEN" ;;
+    esac
+    shift
+  done
+  docker logs "${last[@]}" "${options[@]}" "$id"
+}
+# Of what others made, on a machine that has a network.
+pull_missing() { # IMAGE
+  has_image "$1" || docker pull --quiet "$1" >/dev/null ||
+    die "the image $1 is neither here nor to be had; on a machine with internet: docker pull $1 && docker save $1 -o image.tar, and here: docker load -i image.tar"
 }
 container_state() { docker container inspect --format '{{.State.Status}}' "$CONTAINER" 2>/dev/null || say none; }
 
@@ -37,10 +76,21 @@ docker_pre_flight() {
   compose config --quiet || die "docker-compose.yml and .env do not fit together; the line above says where"
   image=$(image)
   has_image "$image" || die "the image $image is not on this machine; make it with ./build.sh, or docker load -i FILE"
+  companions_must_be_here
   must_be_for_this_machine "$image"
   if has_nvidia_gpu && ! docker info --format '{{.Runtimes}} {{.CDISpecDirs}}' | grep -q -e nvidia -e cdi; then
     die "Docker has no NVIDIA runtime; install nvidia-container-toolkit, then: nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"
   fi
+}
+
+companions_must_be_here() {
+  local image
+  for image in $(companion_images); do
+    has_image "$image" ||
+      die "the image $image of a profile (COMPOSE_PROFILES) is not on this machine; docker pull $image, or docker load -i FILE"
+  done
+  # Where it is missing, Docker makes it root's.
+  mkdir -p "$(home)/config/tls" 2>/dev/null || true
 }
 
 must_be_for_this_machine() { # IMAGE
@@ -55,11 +105,11 @@ start_in_docker() {
   say "In Docker, of the image $(image)"
   say "Pre-flight. Nothing is started yet."
   if ! { in_new_container check --machine --before fetching && { is_demo "$CONFIG" || in_new_container models download; }; }; then
-    compose down >/dev/null 2>&1 || true
+    compose_down >/dev/null 2>&1 || true
     exit 1
   fi
   if ! compose up --detach; then
-    compose down >/dev/null 2>&1 || true
+    compose_down >/dev/null 2>&1 || true
     die "the container did not start; the line above says why, and nothing is left of it"
   fi
   CONTAINER=$(container)
@@ -160,7 +210,10 @@ change_keys_in_docker() {
 labelled() { # KIND: the names of this project's own
   case $1 in
     container) docker ps --all --filter "label=com.docker.compose.project.working_dir=$(home)" --format '{{.Names}}' ;;
-    volume) docker volume ls --filter label=vllm-unified=cache --filter "label=com.docker.compose.project=$(project)" --format '{{.Name}}' ;;
+    volume)
+      docker volume ls --filter "label=com.docker.compose.project=$(project)" \
+        --format '{{.Label "vllm-unified"}} {{.Name}}' | sed -nE 's/^(cache|rendered) //p'
+      ;;
     image)
       local image
       image=$(image)

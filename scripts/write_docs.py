@@ -20,7 +20,9 @@ from vllm_unified.settings.schema import (
 
 CHECKOUT = Path(__file__).parents[1]
 OLDER_NAMES = {"served_model_names": "aliases", "gpus": "cuda_device"}
-PORTS = [name for name in OWN_VARIABLES if PORT_VARIABLE.match(name)]
+# nginx' and Prometheus' and Grafana's are not in models.json: they have a default of their own.
+OWN_PORTS = [str(field.alias) for field in Environment.model_fields.values() if isinstance(field.default, int)]
+PORTS = [name for name in OWN_VARIABLES if PORT_VARIABLE.match(name) and name not in OWN_PORTS]
 
 
 def schema() -> str:

@@ -11,12 +11,14 @@ behaves; every field may be left out:
     busy_seconds: what a POST takes, during which no counter moves
     refuse: status of every answer to a POST           refuse_times: of that many only
     no_metrics: true, so that there are no counters
+    metrics: a file of samples, told beside the counters; what counts in it grows with each request
     unhealthy_after_refusal: true                      hang_up: true, so that a POST's connection is cut
     break_stream: chunks after which a stream's connection is cut; hang_stream: after which it is silent
     retry_after: said with every refusal               models: status of /v1/models (default 404)
     key: what a client has to send in place of VLLM_API_KEY; "" is nothing
     tls: [certificate, its key], files                 pad: bytes of white space in each chunk of a stream
     answer: what every POST is answered with
+    says: true, so that it writes a line a request as vLLM's server does, with what stands behind the "?"
     golden: it answers embeddings, rankings and chats by the words that texts share; "right", or what is wrong
 
 POST /behave changes the behaviour of one that runs, and forgets what it saw.
@@ -66,13 +68,16 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/seen":
             self.answer(200, SEEN)
         elif self.path == "/metrics" and not BEHAVIOUR.get("no_metrics"):
-            self.answer(
-                200, "".join(f'{name}{{engine="0",model_name="x"}} {value}.0\n' for name, value in COUNTERS.items())
-            )
+            counters = "".join(f'{name}{{engine="0",model_name="x"}} {value}.0\n' for name, value in COUNTERS.items())
+            self.answer(200, counters + samples())
         else:
             self.answer(404, {"error": {"message": "fake engine: no such path"}})
 
     def do_POST(self) -> None:
+        if BEHAVIOUR.get("says"):
+            print(
+                f'(APIServer pid={os.getpid()}) INFO:     127.0.0.1:1 - "POST {self.path} HTTP/1.1" 200 OK', flush=True
+            )
         body = self.rfile.read(int(self.headers.get("content-length", "0")))
         if self.path == "/behave":
             BEHAVIOUR.clear()
@@ -162,6 +167,19 @@ class Handler(BaseHTTPRequestHandler):
             pass
         SEEN["cancelled"] += 1
         self.close_connection = True
+
+
+def samples() -> str:
+    if "metrics" not in BEHAVIOUR:
+        return ""
+    times = len(SEEN["requests"])
+    with open(BEHAVIOUR["metrics"], encoding="utf-8") as file:
+        return re.sub(
+            r"^(\S+_(?:total|count|sum|bucket)\{.*\}) (\S+)$",
+            lambda found: f"{found[1]} {float(found[2]) * times}",
+            file.read(),
+            flags=re.MULTILINE,
+        )
 
 
 def document_in(body: bytes) -> Any:

@@ -1,13 +1,15 @@
 """The command line: prints one line and exits with 1 on a user's error."""
 
+import contextlib
 import json
 import os
+import re
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from vllm_unified import __version__, loopback, state
 from vllm_unified.bundle.commands import bundle, requirements
 from vllm_unified.errors import ConfigError, UserError
 from vllm_unified.hub.commands import COMMANDS as COMMANDS_OF_MODELS
+from vllm_unified.logs.lines import end, under_supervisord, write_json
 from vllm_unified.settings import Model, Settings, load
 from vllm_unified.settings.environment import variable_of
 from vllm_unified.state import EngineState, Phase
 
 DEFAULT_CONFIG = "config/models.json"
 NOT_RUNNING = 3
+LINES_SHOWN = 50
 # Beyond what requests in flight are given: for engines to end and keepers to start.
 RELOAD_SECONDS = 120
 MOVED_ROUTER = "where its port, address or key was changed, ./deploy.sh restart takes that up"
@@ -133,7 +137,7 @@ def check(project: Project, machine: bool, before: str | None) -> None:
     for name in unknown_models(read_keys(project.home), handles):
         click.echo(f'{FILE}: no model is called "{name}"; the keys that name it can\'t use it', err=True)
     if machine:
-        from vllm_unified.machine import problems_of_machine, to_be_fetched
+        from vllm_unified.machine import notes_of_machine, problems_of_machine, to_be_fetched
         from vllm_unified.supervision.ask import programs
 
         running = programs(settings.run) is not None
@@ -141,6 +145,8 @@ def check(project: Project, machine: bool, before: str | None) -> None:
         problems = problems_of_machine(settings, coming=coming, running=running)
         if problems:
             raise ConfigError(problems)
+        for note in notes_of_machine(settings):
+            click.echo(note, err=True)
     click.echo(f"{settings.shown_file}: {_models(len(settings.models))}, nothing wrong")
 
 
@@ -182,9 +188,10 @@ def plan(project: Project, as_json: bool) -> None:
 @cli.command()
 @click.pass_obj
 def render(project: Project) -> None:
-    """Write run/supervisord.conf and run/placement.json from the configuration."""
+    """Write run/supervisord.conf, run/placement.json and run/rendered from the configuration."""
     from vllm_unified.engines.placement import placement_text
     from vllm_unified.supervision.conf import supervisord_conf
+    from vllm_unified.supervision.rendered import write_rendered
 
     settings = project.settings()
     text = supervisord_conf(settings)
@@ -193,6 +200,7 @@ def render(project: Project) -> None:
     (settings.run / "supervisord.conf").write_text(text, encoding="utf-8")
     (settings.run / "placement.json").write_text(placement, encoding="utf-8")
     (settings.run / "config").write_text(f"{settings.file}\n", encoding="utf-8")
+    write_rendered(settings)
     click.echo(f"wrote {settings.run / 'supervisord.conf'}")
 
 
@@ -221,15 +229,15 @@ def engine(project: Project, name: str) -> None:
     """Keep the server of the model NAME running, until SIGTERM. supervisord runs this."""
     from vllm_unified.engines.handover import become_keeper, orders_for
 
-    _end_with_supervisord()
-    try:
-        settings = project.settings()
-        orders = orders_for(settings, _engine(settings, name), project.environ)
-    except UserError as error:
-        if _under_supervisord():  # which gave us the name that it was rendered with
-            _say_why_there_is_no_keeper(project.home / "run", name, str(error))
-        raise
-    become_keeper(orders)
+    with _service("keeper", name):
+        try:
+            settings = project.settings()
+            orders = orders_for(settings, _engine(settings, name), project.environ)
+        except UserError as error:
+            if under_supervisord():  # which gave us the name that it was rendered with
+                _say_why_there_is_no_keeper(project.home / "run", name, str(error))
+            raise
+        become_keeper(orders)
 
 
 @cli.command()
@@ -240,11 +248,11 @@ def router(project: Project) -> None:
     from vllm_unified.router.app import create_app
     from vllm_unified.router.serving import Router, run
 
-    _end_with_supervisord()
-    settings = project.settings()
-    serving = Router(settings)
-    serving.app = create_app(serving, Operations(settings.file, settings.home, project.environ))
-    run(serving)
+    with _service("router"):
+        settings = project.settings()
+        serving = Router(settings)
+        serving.app = create_app(serving, Operations(settings.file, settings.home, project.environ))
+        run(serving)
 
 
 @cli.command()
@@ -253,15 +261,16 @@ def documents(project: Project) -> None:
     """Serve the documents' API behind the router, until SIGTERM. supervisord runs this."""
     from vllm_unified.documents.app import serve
 
-    _end_with_supervisord()
-    serve(project.settings())
+    with _service("documents"):
+        serve(project.settings())
 
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For machines; fields are added, never renamed.")
 @click.option("--watch", "watched", is_flag=True, help="Show it anew every second, until Ctrl-C.")
+@click.option("--container", "containers", multiple=True, hidden=True, metavar="NAME=STATE", help="Beside this one.")
 @click.pass_obj
-def status(project: Project, as_json: bool, watched: bool) -> None:
+def status(project: Project, as_json: bool, watched: bool, containers: tuple[str, ...]) -> None:
     """Show what runs. Exits with 0 when every required model is ready, else with 3."""
     from rich.console import Console
 
@@ -270,9 +279,10 @@ def status(project: Project, as_json: bool, watched: bool) -> None:
     if watched and as_json:
         raise click.UsageError("--watch is for people, --json for machines; ask for the JSON as often as you need it")
     settings = project.running_settings()
+    beside = dict(each.split("=", 1) for each in containers)
     if watched:
-        watch(settings)
-    now = Status.now(settings)
+        watch(settings, beside)
+    now = Status.now(settings, beside)
     if as_json:
         print_json(now.document())
     else:
@@ -293,6 +303,64 @@ def health(project: Project, ready: bool) -> None:
         sys.exit(NOT_RUNNING)
     click.echo(report)
     sys.exit(0 if code == 200 else NOT_RUNNING)
+
+
+def _take_since(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    """Seconds since 1970."""
+    if value is None:
+        return None
+    try:
+        if found := re.fullmatch(r"(\d{1,6})([smhd])", value):
+            unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[found[2]]
+            return (datetime.now(UTC) - timedelta(**{unit: int(found[1])})).timestamp()
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f'"{value}" is neither 30s, 10m, 2h or 3d nor a moment as 2026-11-22T15:00') from None
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[MODEL|router|documents]...")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--lines", type=click.IntRange(min=0), metavar="N", help="The last N (default 50, with --since all).")
+@click.option("--errors", is_flag=True, help="Only errors, and requests that failed by no fault of their clients.")
+@click.option("--since", metavar="WHEN", callback=_take_since, help="30s, 10m, 2h, 3d, or a moment.")
+@click.option("--json", "as_json", is_flag=True, help="The lines as they are, for machines.")
+@click.pass_obj
+def logs(
+    project: Project,
+    names: tuple[str, ...],
+    follow: bool,
+    lines: int | None,
+    errors: bool,
+    since: float | None,
+    as_json: bool,
+) -> None:
+    """Show what all programs wrote, or those named, in the order of time.
+
+    \b
+    vllm-unified logs --errors --since 2h
+    vllm-unified logs chat router --follow
+    vllm-unified logs documents --since 2026-11-22T15:00 --json
+    """
+    from vllm_unified.logs import shown
+    from vllm_unified.logs.files import Entry, Logs
+
+    if lines is None and since is None:
+        lines = LINES_SHOWN
+    colour = sys.stdout.isatty()
+    folder = project.home / "run" / "logs"
+    with contextlib.closing(Logs(folder, names, since=since, lines=lines, errors=errors)) as found:
+
+        def show(entries: Iterable[Entry]) -> None:
+            now = datetime.now().astimezone()
+            for entry in entries:
+                print(shown.json(entry) if as_json else shown.text(entry, found.width, now, colour=colour))
+            sys.stdout.flush()
+
+        show(found.so_far())
+        if follow:
+            for entries in found.on():
+                show(entries)
 
 
 @cli.command()
@@ -327,7 +395,9 @@ def selftest(project: Project, as_json: bool) -> None:
 def reload(project: Project, as_json: bool, restarted: str | None) -> None:
     """Let the running deployment take up what changed in the configuration, and say what waits for a restart."""
     from vllm_unified.console import print_json, reload_text
+    from vllm_unified.settings.changes import RESTART_ALL
     from vllm_unified.supervision.ask import programs
+    from vllm_unified.supervision.rendered import write_rendered
 
     settings = project.running_settings()
     if programs(settings.run) is None:
@@ -343,6 +413,9 @@ def reload(project: Project, as_json: bool, restarted: str | None) -> None:
     if code != HTTPStatus.OK:
         raise UserError(_refusal(code, said))
     document = json.loads(said)
+    # What waits for a restart of all, as another port does, must not reach nginx before the router.
+    if all(each["command"] != RESTART_ALL for each in document["restart"]):
+        write_rendered(settings)
     if as_json:
         print_json(document)
     elif any(document.values()) or not restarted:
@@ -357,6 +430,51 @@ def _refusal(code: int, said: str) -> str:
         return str(json.loads(said)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"the router answers {code}: {said[:200]}"
+
+
+@cli.command()
+@click.option(
+    "--hours", type=click.FloatRange(min=0.1, max=24 * 366), default=6.0, show_default=True, help="The last ones."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="vllm-unified-report.html",
+    show_default=True,
+    metavar="FILE",
+    help="A page as FILE.html, with every chart; or a picture as FILE.png, of the overview.",
+)
+@click.option("--prometheus", "url", metavar="URL", help="Where it is (default http://127.0.0.1:VLLM_PROMETHEUS_PORT).")
+@click.option("--stream", is_flag=True, hidden=True, help="To standard output, in the form that FILE names.")
+@click.pass_obj
+def report(project: Project, hours: float, output: Path, url: str | None, stream: bool) -> None:
+    """Draw the charts of the last hours, as Grafana shows them. Exits with 3 where no Prometheus answers.
+
+    \b
+    vllm-unified report                                    a page, of the last six hours
+    vllm-unified report --hours 24 --output day.html
+    vllm-unified report --output now.png --hours 1
+    """
+    if output.suffix not in (".html", ".png"):
+        raise click.UsageError(f"--output {output}: say FILE.html for a page or FILE.png for a picture")
+    from vllm_unified.monitoring.history import history
+    from vllm_unified.monitoring.prometheus import NoAnswerError, Prometheus, Span
+    from vllm_unified.monitoring.report import page, picture
+
+    end = time.time()
+    url = url or project.running_settings().prometheus_url
+    try:
+        with Prometheus(url, Span(end - hours * 3600, end)) as prometheus:
+            seen = history(prometheus, whole=output.suffix == ".html")
+    except NoAnswerError as error:
+        click.echo(f"{error}; COMPOSE_PROFILES=monitoring in .env turns it on, with ./deploy.sh restart", err=True)
+        sys.exit(NOT_RUNNING)
+    content = page(seen).encode() if output.suffix == ".html" else picture(seen)
+    if stream:
+        sys.stdout.buffer.write(content)
+    else:
+        output.write_bytes(content)
+        click.echo(f"wrote {output}")
 
 
 @cli.command()
@@ -575,15 +693,18 @@ def _say_why_there_is_no_keeper(run: Path, key: str, reason: str) -> None:
     replace(before, phase=Phase.STOPPED, since=time.monotonic(), keeper=None, reason=reason).write(run)
 
 
-def _under_supervisord() -> bool:
-    return bool(os.environ.get("SUPERVISOR_ENABLED"))
-
-
-def _end_with_supervisord() -> None:
-    if _under_supervisord():
+@contextlib.contextmanager
+def _service(source: str, model: str | None = None) -> Iterator[None]:
+    """It writes lines of JSON, and ends with supervisord."""
+    if under_supervisord():
         from vllm_unified.engines.processes import die_with_parent
 
         die_with_parent()
+    write_json(source, model)
+    try:
+        yield
+    except UserError as error:
+        end(str(error))
 
 
 def _models(count: int) -> str:

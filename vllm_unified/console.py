@@ -24,6 +24,8 @@ from vllm_unified.settings.keys import FILE as KEYS_FILE
 from vllm_unified.settings.keys import KeyEntry
 from vllm_unified.state import EngineState, Phase
 from vllm_unified.supervision.ask import programs
+from vllm_unified.supervision.companions import BY_NAME, GRAFANA, supervised, wanted
+from vllm_unified.supervision.rendered import Password
 
 STYLES = {
     Phase.READY: "green",
@@ -197,7 +199,7 @@ def _usage_cells(each: EngineState, usage: Usage) -> tuple[str, str, str]:
 class Status:
     """The deployment at one moment. `router`, `documents`: their processes as supervisord sees them; None without a
     supervisord, and for a service that the settings do not want. `guard`: what the service found of the engine's guard
-    against repetition; None where it says nothing."""
+    against repetition; None where it says nothing. `companions`: the state of each that there is, by its name."""
 
     settings: Settings
     router: str | None
@@ -205,15 +207,19 @@ class Status:
     guard: Mapping[str, Any] | None
     rows: Sequence[Row]
     usage: Mapping[str, Usage]
+    companions: Mapping[str, str]
 
     @classmethod
-    def now(cls, settings: Settings) -> "Status":
+    def now(cls, settings: Settings, containers: Mapping[str, str]) -> "Status":
+        """`containers`: the state of each companion that has one, which nobody in ours can see."""
         running = programs(settings.run)
         router = None if running is None else _phase(running, "router")
         documents = _phase(running, "documents") if running is not None and settings.reads_documents else None
         guard = guard_of(settings) if documents == "running" else None
         found = rows(settings)
-        return cls(settings, router, documents, guard, found, usage_of_all(settings, [row.state for row in found]))
+        usage = usage_of_all(settings, [row.state for row in found])
+        companions = {name: _phase(running, name) for name in running or {} if name in BY_NAME}
+        return cls(settings, router, documents, guard, found, usage, {**companions, **containers})
 
     @property
     def others(self) -> list[tuple[Model, str]]:
@@ -235,6 +241,8 @@ class Status:
             lines.append(f"documents {self.settings.documents_url}    {self.documents}")
         if self.guard is not None and self.guard["works"] is False:
             lines.append(Text(f"          guard against repetition: {self.guard['message']}", style="yellow"))
+        for name, phase in self.companions.items():
+            lines.append(f"{name:<9} {BY_NAME[name].url(self.settings)}    {phase}")
         return Group(*lines, models)
 
     def document(self) -> dict[str, Any]:
@@ -248,6 +256,10 @@ class Status:
                 "state": self.documents or "stopped",
                 "port": self.settings.documents.port,
                 "repetition_guard": self.guard,
+            },
+            "companions": {
+                name: {"state": phase, "url": BY_NAME[name].url(self.settings)}
+                for name, phase in self.companions.items()
             },
             "models": {
                 **{row.model.key: _document_of(row, self.usage[row.model.key]) for row in self.rows},
@@ -300,12 +312,12 @@ def _document_of(row: Row, usage: Usage) -> dict[str, Any]:
     }
 
 
-def watch(settings: Settings) -> None:
+def watch(settings: Settings, containers: Mapping[str, str]) -> None:
     """Show the status anew every second, until Ctrl-C."""
-    with Live(Status.now(settings).text(), auto_refresh=False) as live:
+    with Live(Status.now(settings, containers).text(), auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_SECONDS)
-            live.update(Status.now(settings).text(), refresh=True)
+            live.update(Status.now(settings, containers).text(), refresh=True)
 
 
 def duration(seconds: float) -> str:
@@ -370,7 +382,8 @@ EXAMPLE_PAGE = "page.png"
 
 
 def welcome_text(settings: Settings) -> str:
-    """Addresses, key, and requests that work as pasted. Raises UserError when there is no key."""
+    """Addresses, key, and requests that work as pasted; Grafana's password the first time. Raises UserError when there
+    is no key."""
     api_key = settings.require_api_key()
     width = max(len(model.key) for model in settings.models)
     own = [f"  {model.key:<{width}}  {_where(settings, model)}  {model.name}" for model in settings.models]
@@ -379,6 +392,7 @@ def welcome_text(settings: Settings) -> str:
             f"All models   {settings.router_url}/v1",
             *own,
             f"API key      {api_key}   (in {settings.home / '.env'})",
+            *_companions(settings),
             "",
             "Try it:",
             "",
@@ -388,6 +402,15 @@ def welcome_text(settings: Settings) -> str:
             "Next:  ./deploy.sh status   ./deploy.sh logs NAME   ./deploy.sh stop",
         ]
     )
+
+
+def _companions(settings: Settings) -> Iterator[str]:
+    for each in wanted(settings) if settings.in_containers else supervised(settings):
+        yield f"{each.title:<12} {each.url(settings)}"
+        if each is GRAFANA:
+            password = Password(settings)
+            told = password.told()
+            yield f"             user admin, password {f'{told}   (this once; ' if told else '('}in {password.path})"
 
 
 def _examples(settings: Settings) -> Iterator[str]:

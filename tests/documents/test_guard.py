@@ -40,15 +40,15 @@ def test_what_is_found(fresh: Served, ocr: FakeOcr, model: str, guard: str, work
     fresh.start()
     found = guard_of(fresh)
     assert (found["works"], words in found["message"]) == (works, True), found
-    line = f"{'INFO' if works else 'WARNING'}: guard against repetition, {model}: {found['message']}\n"
-    assert fresh.log.read_text().count(line) == 1
+    lines = [(line["level"], line["message"]) for line in map(json.loads, fresh.log.read_text().splitlines())]
+    assert lines.count(("info" if works else "warning", f"guard against repetition, {model}: {found['message']}")) == 1
     assert "\n" not in found["message"]
 
 
 def test_status_says_what_to_do(fresh: Served, ocr: FakeOcr) -> None:
     def shown() -> str:
         console = Console(file=io.StringIO(), width=400)
-        status = Status(settings, "running", "running", guard_of_service(settings), [], {})
+        status = Status(settings, "running", "running", guard_of_service(settings), [], {}, {})
         console.print(status.text())
         assert status.document()["documents"]["repetition_guard"] == status.guard
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]

@@ -1,5 +1,6 @@
 """Documents and pages in a real SQLite file."""
 
+import contextlib
 import logging
 import sqlite3
 import stat
@@ -506,6 +507,18 @@ class TestDamage:
             Store(path)
         assert [file.name for file in path.parent.glob("*broken*")] == []
 
+    def test_an_older_version_is_brought_along(self, path: Path) -> None:
+        with contextlib.closing(Store(path)) as older:
+            document = queued(older)
+        with sqlite3.connect(path) as connection:
+            connection.execute("ALTER TABLE documents DROP COLUMN traceparent")
+            connection.execute("PRAGMA user_version = 1")
+        connection.close()
+        with contextlib.closing(Store(path)) as store:
+            assert (store.get(document).traceparent, store.get(document).pages) == ("", 3)
+            assert store.accept(upload(1, traceparent="00-1-2-01"), 11.0).traceparent == "00-1-2-01"
+        Store(path).close()
+
     def test_a_full_disk_is_a_507_and_works_again(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
         document = queued(store)
         with store._engine.connect() as connection:
@@ -557,8 +570,8 @@ def test_the_tables_are_those_of_this_version(store: Store) -> None:
             table: [row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")]
             for table in ("documents", "pages", "joints")
         }
-    assert VERSION == 1
-    assert len(columns["documents"]) == 21
+    assert VERSION == 2
+    assert len(columns["documents"]) == 22
     assert columns["pages"] == ["document", "number", "state", "attempts", "result", "reason"]
     assert columns["joints"] == ["document", "page", "result"]
     assert set(msgspec.structs.asdict(upload())) < set(columns["documents"])

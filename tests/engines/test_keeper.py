@@ -353,8 +353,26 @@ def test_real_traffic_replaces_our_own_requests(keepers: Keepers) -> None:
         ask(keepers, "a")
         sent += 1
         time.sleep(0.1)
-    with urllib.request.urlopen(f"http://127.0.0.1:{keepers.entries['a']['port']}/seen") as answer:
-        assert len(json.load(answer)["requests"]) - sent == 1, "the first answer that made it ready"
+    assert len(requests_at(keepers, "a")) - sent == 1, "the first answer that made it ready"
+
+
+def requests_at(keepers: Keepers, key: str) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{keepers.entries[key]['port']}/seen") as answer:
+        seen: list[dict[str, Any]] = json.load(answer)["requests"]
+    return seen
+
+
+def test_its_own_requests_make_no_traces(keepers: Keepers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM begins a trace for each request that brings no word of one."""
+    for endpoint, expected in (("http://127.0.0.1:9", "-00"), ("", "")):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        keepers.configure({"a": {}})
+        process = keepers.start("a")
+        keepers.until("a", Phase.READY)
+        (request,) = requests_at(keepers, "a")
+        assert request["headers"].get("traceparent", "")[-3:] == expected
+        process.terminate()
+        process.wait(20)
 
 
 def test_ready_is_when_a_first_request_is_answered(keepers: Keepers) -> None:

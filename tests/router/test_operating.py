@@ -190,7 +190,7 @@ def test_the_log_has_a_line_a_request_and_no_secret(two_models: Deployment) -> N
 
     def lines() -> list[dict[str, Any]]:
         found = [line for line in two_models.log.read_text().splitlines() if line.startswith("{")]
-        return [line for line in map(json.loads, found) if line["id"] == "mine-1"]
+        return [line for line in map(json.loads, found) if line.get("id") == "mine-1"]
 
     (line,) = eventually(lines)
     assert abs(datetime.now(UTC) - datetime.fromisoformat(line["time"])) < timedelta(minutes=1)

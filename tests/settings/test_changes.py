@@ -44,9 +44,11 @@ def test_no_field_is_forgotten() -> None:
     assert LIVE_FIELDS.isdisjoint(RESTART_FIELDS)
     assert set(RouterSettings.model_fields) == {*LIVE_ROUTER_FIELDS, *RESTART_ROUTER_FIELDS}
     assert LIVE_ROUTER_FIELDS.isdisjoint(RESTART_ROUTER_FIELDS)
-    compared = {"models", "disabled", "router", "system", "documents", "environment", "engine_args", "engine_env"}
+    compared = {"models", "disabled", "router", "system", "documents", "nginx", "environment"}
+    compared |= {"engine_args", "engine_env"}
     # Those of a deployment stay, and the keys that the variables hold stand in `models`.
-    assert {field.name for field in fields(Settings)} == {*compared, "home", "file", "endpoint_variables"}
+    others = {"home", "file", "endpoint_variables", "in_containers"}
+    assert {field.name for field in fields(Settings)} == {*compared, *others}
 
 
 def test_nothing_has_changed(project: Project) -> None:

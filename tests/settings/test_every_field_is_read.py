@@ -26,6 +26,7 @@ from vllm_unified.settings.schema import (
     RouterSettings,
     SystemSettings,
 )
+from vllm_unified.supervision.companions import GRAFANA, PROMETHEUS, Companion, wanted
 from vllm_unified.supervision.conf import supervisord_conf
 
 GPUS = [Device(index, "cuda", "test", str(index), 80 * GIB, 80 * GIB) for index in range(4)]
@@ -82,6 +83,10 @@ def of_router(field: str) -> Effect:
 def routed(settings: Settings) -> bytes:
     """What the router says to an engine in every request."""
     return Registry(settings).served[0].replicas[0].fixed_headers
+
+
+def command_of(companion: Companion) -> Effect:
+    return lambda settings: companion.command(settings, "/usr/bin/it")
 
 
 MODEL_FIELDS: dict[str, tuple[Any, Effect]] = {
@@ -250,6 +255,16 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
+    # Seen at work in tests/router/test_spans.py and tests/documents/test_spans.py.
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://collector:4318", command),
+    "COMPOSE_PROFILES": ("nginx", lambda settings: [each.name for each in wanted(settings)]),
+    # Seen at work in tests/nginx.
+    "VLLM_NGINX_HOST": ("0.0.0.0", lambda settings: settings.environment.nginx_host),
+    "VLLM_NGINX_PORT": ("8080", lambda settings: settings.nginx_url),
+    "VLLM_NGINX_TLS_PORT": ("8443", lambda settings: settings.environment.nginx_tls_port),
+    "VLLM_MONITORING_HOST": ("0.0.0.0", command_of(PROMETHEUS)),
+    "VLLM_PROMETHEUS_PORT": ("9091", command_of(PROMETHEUS)),
+    "VLLM_GRAFANA_PORT": ("3001", command_of(GRAFANA)),
     "INTERNAL_API_TOKEN": ("secret", lambda settings: settings.environment.internal_api_token),
     "VLLM_DOCUMENTS_PORT": ("9010", lambda settings: settings.documents_url),
     "MAX_UPLOAD_SIZE_MB": ("7", of_documents("max_upload_mib")),

@@ -9,14 +9,22 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values, set_key
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from vllm_unified.errors import ConfigError, Problem
 from vllm_unified.settings.schema import Kind, Port
+
+# What may run beside us, by Compose's own variable. In Docker these are profiles of docker-compose.yml with containers
+# of their own, natively they are programs of supervisord.
+Profile = Literal["nginx", "monitoring"]
+
+
+def _split(value: Any) -> Any:
+    return [each.strip() for each in value.split(",") if each.strip()] if isinstance(value, str) else value
 
 
 class Environment(BaseModel):
@@ -78,6 +86,26 @@ class Environment(BaseModel):
         alias="VLLM_UNIFIED_ENGINE_PROGRAM",
         description="command that serves a model in place of the vLLM beside us, as /opt/vllm/bin/vllm serve",
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="where traces are sent, as http://collector:4318; off without it",
+    )
+
+    profiles: Annotated[tuple[Profile, ...], BeforeValidator(_split)] = Field(
+        default=(),
+        alias="COMPOSE_PROFILES",
+        description="what runs beside the models, with commas: nginx, monitoring (Prometheus and Grafana)",
+    )
+    monitoring_host: str = Field(
+        default="127.0.0.1",
+        alias="VLLM_MONITORING_HOST",
+        description="address that Prometheus and Grafana listen on",
+    )
+    prometheus_port: Port = Field(
+        default=9090, alias="VLLM_PROMETHEUS_PORT", description="port of Prometheus (default 9090)"
+    )
+    grafana_port: Port = Field(default=3000, alias="VLLM_GRAFANA_PORT", description="port of Grafana (default 3000)")
 
     # Of the document service, under the names that its forerunners had.
     internal_api_token: str | None = Field(
@@ -103,20 +131,39 @@ class Environment(BaseModel):
         default=None, alias="SKIP_CROSS_PAGE_MERGE", description="true: documents.join_pages is false"
     )
 
+    nginx_host: str = Field(default="127.0.0.1", alias="VLLM_NGINX_HOST", description="address that Nginx listens on")
+    nginx_port: Port = Field(default=80, alias="VLLM_NGINX_PORT", description="Nginx' port for HTTP (default 80)")
+    nginx_tls_port: Port = Field(
+        default=443,
+        alias="VLLM_NGINX_TLS_PORT",
+        description="its port for HTTPS, where config/tls has a certificate (default 443)",
+    )
+
     @property
     def is_offline(self) -> bool:
         return self.offline or self.hf_hub_offline
 
+    @property
+    def otlp_traces_url(self) -> str | None:
+        """By OTLP over HTTP with Protobuf; None: tracing is off."""
+        return None if self.otlp_endpoint is None else f"{self.otlp_endpoint}/v1/traces"
+
     @field_validator("hf_endpoint", "modelscope_endpoint")
     @classmethod
     def _hub(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # no port, no IPv6 address
-            usable = False
-        if not usable or parts.username is not None or parts.query or parts.fragment:  # a password is not shown
+        if not _is_base_address(value):
             raise ValueError("no address of a hub; use https://HOST, with the token in a variable of its own")
+        return value.rstrip("/")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not _is_base_address(value):
+            raise ValueError(
+                "no address of a collector; use http://HOST:4318, with a key in OTEL_EXPORTER_OTLP_HEADERS"
+            )
         return value.rstrip("/")
 
     @field_validator("api_key", "internal_api_token", "hf_token", "modelscope_token")
@@ -126,7 +173,7 @@ class Environment(BaseModel):
             raise ValueError("use printable ASCII without spaces; it travels in an HTTP header")
         return value
 
-    @field_validator("router_host", "engine_host")
+    @field_validator("router_host", "engine_host", "nginx_host", "monitoring_host")
     @classmethod
     def _address(cls, value: str) -> str:
         if value != "localhost":
@@ -153,6 +200,16 @@ class Environment(BaseModel):
         return value
 
 
+def _is_base_address(value: str) -> bool:
+    """Of a server, to which paths are added; it is shown, so it holds no password."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no port, no IPv6 address
+        return False
+    return bool(usable) and parts.username is None and not parts.query and not parts.fragment
+
+
 @dataclass(frozen=True)
 class Variables:
     """All variables, and where each stands."""
@@ -169,8 +226,10 @@ def port_variable(key: str) -> str:
 
 
 PORT_VARIABLE = re.compile(r"^VLLM_([A-Z0-9_]+)_PORT$")
+# What the image says of itself, as `docker`.
+RUNTIME_VARIABLE = "VLLM_UNIFIED_RUNTIME"
 # Said to the program in the shell that starts it: they say where .env is.
-SHELL_VARIABLES = ("VLLM_UNIFIED_HOME", "VLLM_UNIFIED_CONFIG")
+SHELL_VARIABLES = ("VLLM_UNIFIED_HOME", "VLLM_UNIFIED_CONFIG", RUNTIME_VARIABLE)
 OWN_VARIABLES = (
     *(str(field.alias) for field in Environment.model_fields.values()),
     *(port_variable(kind) for kind in get_args(Kind)),

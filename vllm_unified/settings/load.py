@@ -19,6 +19,7 @@ from vllm_unified.settings import files, findings
 from vllm_unified.settings.environment import (
     OWN_VARIABLES,
     PORT_VARIABLE,
+    RUNTIME_VARIABLE,
     SECRET_VARIABLES,
     SHELL_VARIABLES,
     Environment,
@@ -40,12 +41,15 @@ from vllm_unified.settings.schema import (
     Model,
     ModelEntry,
     ModelsFile,
+    NginxSettings,
     RouterSettings,
     SystemSettings,
     Topology,
 )
 
 File = TypeVar("File", bound=BaseModel)
+# Ours, of docker-compose.yml.
+SERVICE = "vllm-unified"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Settings:
 
     `models`: all that the router serves. `disabled`: the entries that are neither started nor served; what only
     counts for those that are (ports, names, keys of endpoints) is not checked. `endpoint_variables`: the names of
-    the variables that hold keys of endpoints.
+    the variables that hold keys of endpoints. `in_containers`: nginx, Prometheus and Grafana have containers of their
+    own, in place of programs of our supervisord.
     """
 
     home: Path
@@ -64,10 +69,12 @@ class Settings:
     router: RouterSettings
     system: SystemSettings
     documents: DocumentsSettings
+    nginx: NginxSettings
     environment: Environment
     engine_args: Mapping[str, FlagValue]
     engine_env: Mapping[str, str]
     endpoint_variables: frozenset[str]
+    in_containers: bool
 
     @property
     def engines(self) -> tuple[Model, ...]:
@@ -122,6 +129,37 @@ class Settings:
         return _url(self.environment.router_host, self.router.port)
 
     @property
+    def router_address(self) -> str:
+        """HOST:PORT, as nginx and Prometheus reach the router."""
+        if self.in_containers:
+            return f"{SERVICE}:{self.router.port}"
+        return self.router_url.removeprefix("http://")
+
+    @property
+    def rendered(self) -> Path:
+        """What nginx, Prometheus and Grafana read; their containers have it at the same place."""
+        return self.run / "rendered"
+
+    @property
+    def has_certificate(self) -> bool:
+        return (self.home / "config" / "tls" / "cert.pem").is_file()
+
+    @property
+    def nginx_url(self) -> str:
+        environment = self.environment
+        if self.has_certificate:
+            return _url(environment.nginx_host, environment.nginx_tls_port).replace("http", "https", 1)
+        return _url(environment.nginx_host, environment.nginx_port)
+
+    @property
+    def prometheus_url(self) -> str:
+        return _url(self.environment.monitoring_host, self.environment.prometheus_port)
+
+    @property
+    def grafana_url(self) -> str:
+        return _url(self.environment.monitoring_host, self.environment.grafana_port)
+
+    @property
     def documents_url(self) -> str:
         return _url("127.0.0.1", self.documents.port)
 
@@ -159,10 +197,12 @@ def load(file: Path, home: Path, environ: Mapping[str, str]) -> Settings:
         router=resolved.router(),
         system=models_file.system,
         documents=_documents(models_file.documents, environment),
+        nginx=models_file.nginx,
         environment=environment,
         engine_args=_without_fields(defaults.engine_args),
         engine_env={**_passed_on(variables, models_file, endpoint_variables), **defaults.env},
         endpoint_variables=endpoint_variables,
+        in_containers=environ.get(RUNTIME_VARIABLE) == "docker",
     )
     _check_together(settings, shown, problems)
     if problems:

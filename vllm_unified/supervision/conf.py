@@ -6,16 +6,20 @@ import sys
 
 from vllm_unified.engines.keeper import LEAVING_SECONDS, SETTLING_SECONDS
 from vllm_unified.settings import Settings
+from vllm_unified.supervision.companions import supervised
 from vllm_unified.supervision.programs import GROUP
 
 # Time for a keeper to kill what did not leave, after all that it grants the engine.
 KEEPER_SECONDS = 20
 # It gives up the pages in flight, and goes on with them at the next start.
 DOCUMENTS_SECONDS = 15
+# Prometheus writes what it holds, and Grafana closes its database.
+COMPANION_SECONDS = 30
 
 
 def supervisord_conf(settings: Settings) -> str:
-    """The router, the document service and one keeper an engine. `%(here)s` is the folder of the file itself, run/.
+    """The router, the document service, one keeper an engine, and what the profiles want beside them. `%(here)s` is the
+    folder of the file itself, run/.
 
     Disabled models have a program that is not started, so that a reload can enable them.
     """
@@ -39,6 +43,10 @@ def supervisord_conf(settings: Settings) -> str:
                 autostart=model.enabled,
             )
             for model in keepers
+        ),
+        *(
+            _program(each.name, each.command(settings, binary), priority=each.priority, patience=COMPANION_SECONDS)
+            for each, binary in supervised(settings).items()
         ),
     ]
     if keepers:
