@@ -124,6 +124,25 @@ def test_a_keeper_that_was_killed_closes_its_engine(tmp_path: Path) -> None:
     assert replica.problem == "its keeper is gone, it is about to be restarted"
 
 
+@pytest.mark.parametrize(
+    ("phase", "fields", "known"),
+    [
+        (Phase.READY, {}, Phase.READY),
+        (Phase.READY, {"keeper": Process(pid=1, started=0)}, Phase.BACKOFF),  # it was killed
+        (Phase.STOPPED, {"keeper": None}, Phase.STOPPED),  # somebody stopped it
+        (Phase.STOPPED, {"keeper": None, "reason": "models.json: no port"}, Phase.BACKOFF),  # it can't run
+    ],
+)
+def test_the_phase_that_is_told(tmp_path: Path, phase: Phase, fields: dict[str, Any], known: Phase) -> None:
+    replica = own_engine()
+    hear_keeper(replica, tmp_path)
+    assert replica.engine is None
+    EngineState("chat", phase, **{"since": 0.0, "keeper": Process.of(os.getpid()), **fields}).write(tmp_path)
+    hear_keeper(replica, tmp_path)
+    assert replica.engine is not None
+    assert replica.engine.phase is known
+
+
 # --- looks ---
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -229,8 +230,13 @@ def test_what_a_request_would_wait_is_what_retry_after_says(metrics: Metrics, re
 
 
 def test_shares_of_limits(metrics: Metrics, keys: list[Key]) -> None:
-    limits = {"requests_per_minute": 4, "tokens_per_minute": 1000, "max_concurrent": 2, "tokens_per_day": 400}
-    month = {"tokens_per_month": 10_000}
+    limits: dict[str, Any] = {
+        "requests_per_minute": 4,
+        "tokens_per_minute": 1000,
+        "max_concurrent": 2,
+        "tokens_per_day": 400,
+    }
+    month: dict[str, Any] = {"tokens_per_month": 10_000}
     keys += [Key(KeyEntry(name=name, hash=hash_of(name), **fields)) for name, fields in (("a", limits), ("b", month))]
     keys.append(Key(KeyEntry(name="free", hash=hash_of("free"))))
     for key in keys:

@@ -51,8 +51,10 @@ def hear_keeper(replica: Replica, run: Path) -> None:
     replica.engine = said
     if said is None or said.phase is Phase.STOPPED:
         replica.closed = None
+        if said and said.reason:  # nobody stopped it: its keeper can't run, and is tried again
+            replica.engine = replace(said, phase=Phase.BACKOFF)
     elif not said.is_kept:
-        replica.engine = replace(said, phase=Phase.STOPPED, engine=None)
+        replica.engine = replace(said, phase=Phase.BACKOFF, engine=None)
         replica.closed, replica.reason = "its keeper is gone, it is about to be restarted", None
     elif said.phase is not Phase.READY:
         replica.closed, replica.reason = NOT_READY.get(said.phase, str(said.phase)), said.reason

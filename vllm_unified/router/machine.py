@@ -3,14 +3,14 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from vllm_unified.devices import Device, held_on_gpus, read_devices, read_sensors
+from vllm_unified.devices import Device, Sensors, held_on_gpus, read_devices, read_sensors
 from vllm_unified.errors import UserError
 from vllm_unified.held import gpu_memory_of, memory_of, processes_of
 from vllm_unified.router.families import Labels, counter, gauge
@@ -24,6 +24,19 @@ FIRST_SECONDS = 2.0
 MEMORY_SHARE = 1 / 500
 FOLDERS = ("models", "data", "run")
 CERTIFICATE = "config/tls/cert.pem"
+SILENT = Sensors(None, None, None)
+GPU_GAUGES: tuple[tuple[str, str, Callable[[Device, Sensors], float | None]], ...] = (
+    ("gpu_memory_bytes", "Its memory", lambda gpu, _: gpu.total_bytes),
+    ("gpu_memory_used_bytes", "Held of it", lambda gpu, _: gpu.held_bytes),
+    (
+        "gpu_utilization_ratio",
+        "Of the time in which a kernel ran, 0 to 1",
+        lambda gpu, _: None if gpu.utilization is None else gpu.utilization / 100,
+    ),
+    ("gpu_temperature_celsius", "Its temperature", lambda _, sensors: sensors.celsius),
+    ("gpu_temperature_limit_celsius", "It runs slower from there", lambda _, sensors: sensors.limit_celsius),
+    ("gpu_power_watts", "What it takes now", lambda _, sensors: sensors.watts),
+)
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +94,13 @@ class Machine(Collector):
         yield gauge("engine_gpu_memory_bytes", "Of all GPUs, held by the engine", ("model",), _told(gpu_memory))
 
 
-def _told(values: dict[Labels, int | None]) -> dict[Labels, float]:
+def _told(values: Mapping[tuple[str], float | None]) -> dict[Labels, float]:
     return {labels: value for labels, value in values.items() if value is not None}
 
 
 def _host() -> Iterator[Metric]:
     memory = psutil.virtual_memory()
-    modes = {(mode,): seconds for mode, seconds in psutil.cpu_times()._asdict().items()}
+    modes: dict[Labels, float] = {(mode,): seconds for mode, seconds in psutil.cpu_times()._asdict().items()}
     yield counter("host_cpu_seconds", "Of all cores together, by what they did", ("mode",), modes)
     yield gauge("host_memory_bytes", "The host's memory", (), {(): memory.total})
     yield gauge("host_memory_available_bytes", "What programs could still have of it", (), {(): memory.available})
@@ -101,31 +114,21 @@ def _gpus(settings: Settings) -> list[Device]:
     return [device for device in found if device.kind == "cuda"]
 
 
-def _of_gpus(devices: list[Device]) -> Iterator[Metric]:
-    if not devices:
+def _of_gpus(gpus: list[Device]) -> Iterator[Metric]:
+    if not gpus:
         return
-    names = {str(each.index): each for each in devices}
-    sensors = read_sensors([each.handle for each in devices])
-    told = {(gpu,): sensors[each.handle] for gpu, each in names.items() if each.handle in sensors}
-    infos = {(gpu, each.handle, each.name): 1.0 for gpu, each in names.items()}
-    busy = {(gpu,): each.utilization / 100 for gpu, each in names.items() if each.utilization is not None}
-    celsius = {gpu: each.celsius for gpu, each in told.items() if each.celsius is not None}
-    limits = {gpu: each.limit_celsius for gpu, each in told.items() if each.limit_celsius is not None}
-    watts = {gpu: each.watts for gpu, each in told.items() if each.watts is not None}
-    labels = ("gpu",)
+    infos: dict[Labels, float] = {(str(each.index), each.handle, each.name): 1 for each in gpus}
     yield gauge("gpu_info", "1; uuid and name are labels", ("gpu", "uuid", "name"), infos)
-    yield gauge("gpu_memory_bytes", "Its memory", labels, {(gpu,): each.total_bytes for gpu, each in names.items()})
-    yield gauge("gpu_memory_used_bytes", "Held of it", labels, {(gpu,): each.held_bytes for gpu, each in names.items()})
-    yield gauge("gpu_utilization_ratio", "Of the time in which a kernel ran, 0 to 1", labels, busy)
-    yield gauge("gpu_temperature_celsius", "Its temperature", labels, celsius)
-    yield gauge("gpu_temperature_limit_celsius", "It runs slower from there", labels, limits)
-    yield gauge("gpu_power_watts", "What it takes now", labels, watts)
+    sensors = read_sensors([each.handle for each in gpus])
+    for name, text, value_of in GPU_GAUGES:
+        values = {(str(each.index),): value_of(each, sensors.get(each.handle, SILENT)) for each in gpus}
+        yield gauge(name, text, ("gpu",), _told(values))
 
 
 def _disks(home: Path) -> Iterator[Metric]:
     usages = {(name,): psutil.disk_usage(str(_existing(home / name))) for name in FOLDERS}
-    sizes = {labels: float(usage.used + usage.free) for labels, usage in usages.items()}
-    free = {labels: float(usage.free) for labels, usage in usages.items()}
+    sizes: dict[Labels, float] = {labels: usage.used + usage.free for labels, usage in usages.items()}
+    free: dict[Labels, float] = {labels: usage.free for labels, usage in usages.items()}
     yield gauge("disk_bytes", "Size of the disk that the folder is on", ("folder",), sizes)
     yield gauge("disk_free_bytes", "What may still be written there", ("folder",), free)
 
