@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "documents": BASE | {"settings"},
     "hub": {"errors", "state", "settings"},
     "bundle": {"errors", "settings", "hub"},
+    # charts of what the exporters of other rooms tell, over HTTP alone
+    "monitoring": {"errors"},
     "backup": {"errors", "hub"},
     "machine": BASE | {"settings", "engines", "hub", "supervision"},
     "console": BASE | {"settings", "engines", "supervision"},
@@ -32,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "operations": BASE | {"settings", "engines", "supervision"},
     "cli": BASE
     | {"settings", "engines", "supervision", "router", "documents", "hub", "bundle", "machine", "console", "operations"}
-    | {"selftest", "backup"},
+    | {"selftest", "backup", "monitoring"},
     "__main__": {"cli"},
     "__init__": set(),
 }

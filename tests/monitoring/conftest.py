@@ -54,6 +54,7 @@ class Scene:
     url: str
     home: Path
     ended: float
+    router_port: int
 
     @property
     def span(self) -> Span:
@@ -81,7 +82,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         stack.enter_context(documents(project))
         url = stack.enter_context(prometheus(project, cards))
         load(deployment)
-        yield Scene(url, project.home, scraped(url))
+        yield Scene(url, project.home, scraped(url), deployment.ports["router"])
 
 
 def start(deployment: Deployment, ocr: FakeOcr) -> None:
@@ -111,8 +112,10 @@ def keepers(home: Path) -> Iterator[None]:
             told = {"keeper": Process.of(os.getpid()), "engine": Process.of(engine.pid), "ready_after": 39.0}
             state = EngineState(key, Phase.READY, time.monotonic(), **told, restarts=1, hangs=1, down_for=61.0)  # type: ignore[arg-type]
             state.write(home / "run")
-        yield
-        engine.kill()
+        try:
+            yield
+        finally:
+            engine.kill()
 
 
 @contextlib.contextmanager
@@ -131,7 +134,7 @@ def running(command: list[str], home: Path, log: str) -> Iterator[None]:
 def documents(project: Project) -> Iterator[None]:
     port = project.load().documents.port
     with running([sys.executable, "-m", "vllm_unified", "documents"], project.home, "documents.log"):
-        eventually(lambda: answers(f"http://127.0.0.1:{port}/health", 200, 503), 60)
+        eventually(lambda: answers(f"http://127.0.0.1:{port}/health", 200, 503), 120)
         yield
 
 
@@ -160,7 +163,7 @@ def prometheus(project: Project, cards: str) -> Iterator[str]:
         ["prometheus", *(f"--{name}={value}" for name, value in options.items())], project.home, "prometheus.log"
     ):
         url = f"http://127.0.0.1:{port}"
-        eventually(lambda: answers(f"{url}/-/ready", 200), 60)
+        eventually(lambda: answers(f"{url}/-/ready", 200), 120)
         eventually(lambda: len(httpx.get(f"{url}/api/v1/targets").json()["data"]["activeTargets"]) == 5, 60)
         yield url
 

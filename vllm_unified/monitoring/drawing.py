@@ -270,7 +270,7 @@ def _draw_limits(axes: Axes, chart: Chart) -> None:
 
 
 def _time_axis(axes: Axes, look: Look) -> None:
-    locator = AutoDateLocator(look.zone, minticks=4, maxticks=8)
+    locator = AutoDateLocator(look.zone, minticks=4, maxticks=10)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, look.zone, show_offset=False))
     axes.set_xlim(look.date(look.span.start), look.date(look.span.end))

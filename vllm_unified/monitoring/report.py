@@ -101,7 +101,7 @@ def picture(seen: History) -> bytes:
         _draw_table(_card(strips[1]), rows)
         if seen.alerts:
             _draw_alerts(_card(strips[2]), seen.alerts, look)
-        for strip, pair in zip(strips[-len(pairs) :], pairs, strict=True):
+        for strip, pair in zip(strips[len(heights) - len(pairs) :], pairs, strict=True):
             for place, each in zip(strip.subfigures(1, 2, wspace=0.012), pair, strict=False):
                 place.set_facecolor("white")
                 place.suptitle(each.chart.title, x=0.02, ha="left", fontsize=10, fontweight="bold", color=INK)
