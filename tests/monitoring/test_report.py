@@ -99,7 +99,7 @@ def test_to_standard_output(scene: Scene) -> None:
 
 def test_deploy_writes_where_it_was_called(scene: Scene, tmp_path: Path) -> None:
     environ = {**os.environ, "VLLM_UNIFIED_HOME": str(scene.home), "VLLM_API_KEY": API_KEY}
-    command = [CHECKOUT / "deploy.sh", "report", "now.png", "--hours", "0.1", "--prometheus"]
+    command = [str(CHECKOUT / "deploy.sh"), "report", "now.png", "--hours", "0.1", "--prometheus"]
     done = subprocess.run([*command, scene.url], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'now.png'}\n"), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["now.png"]

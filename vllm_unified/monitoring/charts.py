@@ -940,7 +940,10 @@ ROUTER = Dashboard(
                 Chart(
                     "What Prometheus reaches",
                     "short",
-                    (Query('max by (type, model) (up{job="vllm-unified"})', "{{type}} {{model}}"),),
+                    (
+                        Query('max by (type) (up{job="vllm-unified",type=~"router|documents"})', "{{type}}"),
+                        Query('max by (model) (up{job="vllm-unified",model!=""})'),
+                    ),
                     "Down: there are no numbers of it for that time.",
                     Kind.TIMELINE,
                     states=UP,
