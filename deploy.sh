@@ -37,6 +37,8 @@ usage: ./deploy.sh VERB [options]
   health                          the router's own report; exit code 0 when healthy
   selftest [--json]               golden questions to every model; exit code 1 when one answers wrongly, 3 when it
                                   does not run
+  report [FILE] [--hours H]       the charts of the last hours (default 6): a page as FILE.html, a picture as FILE.png; exit
+                                  code 3 where no Prometheus runs
   check                           is the configuration right, and can this machine run it?
   plan [--json] [--devices FILE]  which model takes how much of which device, and what does not fit
                                   --devices: plan for the devices in FILE in place of this machine's
@@ -69,7 +71,7 @@ main() {
   local verb=${1:-help}
   shift || true
   case $verb in
-    start | stop | restart | reload | status | logs | health | selftest | check | plan | models | keys | backup | restore | \
+    start | stop | restart | reload | status | logs | health | selftest | report | check | plan | models | keys | backup | restore | \
       update | clean)
       find_runtime
       "verb_$verb" "$@"
@@ -211,6 +213,30 @@ verb_health() {
 verb_selftest() {
   must_answer
   cli selftest "$@"
+}
+
+verb_report() {
+  local file=vllm-unified-report.html options=()
+  while (($#)); do
+    case $1 in
+      --hours | --prometheus)
+        [[ -n ${2:-} ]] || die "$1 wants a value"
+        options+=("$1" "$2")
+        shift
+        ;;
+      -*) wrong_usage "$1" ;;
+      *) file=$1 ;;
+    esac
+    shift
+  done
+  must_answer
+  [[ $RUNTIME != docker ]] || options=(--prometheus http://prometheus:9090 "${options[@]}")
+  file=$(cd "$CALLED_FROM" && realpath -- "$file")
+  UNFINISHED=$file.part
+  trap 'rm -f -- "$UNFINISHED"' EXIT
+  cli report --stream --output "$file" "${options[@]}" >"$UNFINISHED"
+  mv -- "$UNFINISHED" "$file"
+  say "wrote $file"
 }
 
 verb_check() {

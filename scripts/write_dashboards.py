@@ -96,7 +96,7 @@ def panel(chart: Chart, width: int) -> Panel:
     made.thresholds(thresholds(chart)).min(0)
     if chart.top is not None:
         made.max(chart.top)
-    if chart.states:
+    if chart.states and chart.kind is not Kind.TABLE:  # whose first column alone is a state
         made.mappings([states(chart)])
     for ref_id, query in zip(ascii_uppercase, chart.queries, strict=False):
         made.with_target(target(chart, query, ref_id))

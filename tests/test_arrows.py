@@ -29,6 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "documents": BASE | {"settings", "tracing"},
     "hub": {"errors", "state", "settings"},
     "bundle": {"errors", "settings", "hub"},
+    # charts of what the exporters of other rooms tell, over HTTP alone
+    "monitoring": {"errors"},
     "backup": {"errors", "hub"},
     "machine": BASE | {"settings", "engines", "hub", "supervision"},
     "console": BASE | {"settings", "engines", "supervision"},
@@ -36,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "operations": BASE | {"settings", "engines", "supervision"},
     "cli": BASE
     | {"settings", "engines", "supervision", "router", "documents", "hub", "bundle", "machine", "console", "operations"}
-    | {"selftest", "backup"},
+    | {"selftest", "backup", "monitoring"},
     "__main__": {"cli"},
     "__init__": set(),
 }

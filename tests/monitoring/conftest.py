@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from tests.documents.fake_ocr import FakeOcr
 from tests.documents.test_service import pdf_of
 from tests.router.conftest import Deployment
 from vllm_unified.monitoring.prometheus import Prometheus, Span
+from vllm_unified.settings import Settings
 from vllm_unified.settings.keys import add_key, hash_of
 from vllm_unified.state import EngineState, Phase, Process
 from vllm_unified.supervision.prometheus import prometheus_files
@@ -54,6 +55,7 @@ class Scene:
     url: str
     home: Path
     ended: float
+    router_port: int
 
     @property
     def span(self) -> Span:
@@ -79,9 +81,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         start(deployment, ocr)
         stack.enter_context(keepers(project.home))
         stack.enter_context(documents(project))
-        url = stack.enter_context(prometheus(project, cards))
+        settings = project.load({"VLLM_API_KEY": API_KEY})
+        url = stack.enter_context(prometheus(settings, cards, rules=[RULE]))
         load(deployment)
-        yield Scene(url, project.home, scraped(url))
+        yield Scene(url, project.home, scraped(url), deployment.ports["router"])
 
 
 def start(deployment: Deployment, ocr: FakeOcr) -> None:
@@ -111,8 +114,10 @@ def keepers(home: Path) -> Iterator[None]:
             told = {"keeper": Process.of(os.getpid()), "engine": Process.of(engine.pid), "ready_after": 39.0}
             state = EngineState(key, Phase.READY, time.monotonic(), **told, restarts=1, hangs=1, down_for=61.0)  # type: ignore[arg-type]
             state.write(home / "run")
-        yield
-        engine.kill()
+        try:
+            yield
+        finally:
+            engine.kill()
 
 
 @contextlib.contextmanager
@@ -131,15 +136,15 @@ def running(command: list[str], home: Path, log: str) -> Iterator[None]:
 def documents(project: Project) -> Iterator[None]:
     port = project.load().documents.port
     with running([sys.executable, "-m", "vllm_unified", "documents"], project.home, "documents.log"):
-        eventually(lambda: answers(f"http://127.0.0.1:{port}/health", 200, 503), 60)
+        eventually(lambda: answers(f"http://127.0.0.1:{port}/health", 200, 503), 120)
         yield
 
 
 @contextlib.contextmanager
-def prometheus(project: Project, cards: str) -> Iterator[str]:
-    """Its address. As it is rendered for a deployment, but each second, and with an alert and a source of our own."""
-    folder = project.home / "run" / "rendered" / "prometheus"
-    for path, text in prometheus_files(project.load({"VLLM_API_KEY": API_KEY})).items():
+def prometheus(settings: Settings, *targets: str, rules: Sequence[dict[str, Any]] = ()) -> Iterator[str]:
+    """Its address. As it is rendered for a deployment, but each second, and with more targets and rules."""
+    folder = settings.run / "rendered" / "prometheus"
+    for path, text in prometheus_files(settings).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
     config: dict[str, Any] = yaml.safe_load((folder / "prometheus.yml").read_text())
@@ -147,21 +152,21 @@ def prometheus(project: Project, cards: str) -> Iterator[str]:
     for job in config["scrape_configs"]:
         for discovery in job["http_sd_configs"]:
             discovery["refresh_interval"] = "1s"
-    config["scrape_configs"].append({"job_name": "cards", "static_configs": [{"targets": [cards]}]})
+    config["scrape_configs"].append({"job_name": "more", "static_configs": [{"targets": [*targets]}]})
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    (folder / "rules" / "ours.yml").write_text(yaml.safe_dump({"groups": [{"name": "ours", "rules": [RULE]}]}))
+    (folder / "rules" / "more.yml").write_text(yaml.safe_dump({"groups": [{"name": "more", "rules": [*rules]}]}))
     port = free_port()
     options = {
         "config.file": folder / "prometheus.yml",
-        "storage.tsdb.path": project.home / "data" / "prometheus",
+        "storage.tsdb.path": settings.home / "data" / "prometheus",
         "web.listen-address": f"127.0.0.1:{port}",
     }
-    with running(
-        ["prometheus", *(f"--{name}={value}" for name, value in options.items())], project.home, "prometheus.log"
-    ):
+    command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
+    with running(command, settings.home, "prometheus.log"):
         url = f"http://127.0.0.1:{port}"
-        eventually(lambda: answers(f"{url}/-/ready", 200), 60)
-        eventually(lambda: len(httpx.get(f"{url}/api/v1/targets").json()["data"]["activeTargets"]) == 5, 60)
+        eventually(lambda: answers(f"{url}/-/ready", 200), 120)
+        count = 2 + len(settings.engines) + len(targets)
+        eventually(lambda: len(httpx.get(f"{url}/api/v1/targets").json()["data"]["activeTargets"]) == count, 60)
         yield url
 
 

@@ -674,7 +674,7 @@ DOCUMENT_SERVICE = Dashboard(
                 Chart(
                     "Oldest has waited",
                     "s",
-                    (Query(f"max({DOCUMENTS}_documents_oldest_waiting_seconds)", "waited"),),
+                    (Query(f"max({DOCUMENTS}_oldest_waiting_seconds)", "waited"),),
                     "The document that has waited longest: where it grows, pages come faster than they are read.",
                     Kind.STAT,
                     limits=(600, 3600),
@@ -756,7 +756,7 @@ DOCUMENT_SERVICE = Dashboard(
                     "ops",
                     (
                         Query(
-                            f"sum by (state) (rate({DOCUMENTS}_documents_finished_total[$__rate_interval]))",
+                            f"sum by (state) (rate({DOCUMENTS}_finished_total[$__rate_interval]))",
                             "{{state}}",
                         ),
                     ),
@@ -940,7 +940,10 @@ ROUTER = Dashboard(
                 Chart(
                     "What Prometheus reaches",
                     "short",
-                    (Query('max by (type, model) (up{job="vllm-unified"})', "{{type}} {{model}}"),),
+                    (
+                        Query('max by (type) (up{job="vllm-unified",type=~"router|documents"})', "{{type}}"),
+                        Query('max by (model) (up{job="vllm-unified",model!=""})'),
+                    ),
                     "Down: there are no numbers of it for that time.",
                     Kind.TIMELINE,
                     states=UP,

@@ -116,6 +116,8 @@ def draw(axes: Axes, chart: Chart, lines: Sequence[Line], look: Look) -> None:
 
 
 def _draw_lines(axes: Axes, chart: Chart, lines: Sequence[Line], look: Look) -> None:
+    if chart.stacked:  # what is nothing has no area
+        lines = [line for line in lines if any(line.finite)] or lines
     lines = sorted(lines, key=lambda line: max(line.finite, default=0), reverse=True)
     named, others = sorted(lines[:MOST_LINES], key=lambda line: line.name), lines[MOST_LINES:]
     colours = look.colours([line.name for line in named])
@@ -124,7 +126,7 @@ def _draw_lines(axes: Axes, chart: Chart, lines: Sequence[Line], look: Look) -> 
         heights = [[0 if math.isnan(value) else value for value in line.values] for line in [*named, *others]]
         all_colours = [*colours, *["#d1d5db"] * len(others)]
         axes.stackplot(dates, heights, colors=all_colours, alpha=0.85, linewidth=0)
-        highest = max(map(sum, zip(*heights, strict=True)))
+        highest = max(float(sum(together)) for together in zip(*heights, strict=True))
     else:
         for line in others:
             axes.plot(dates, line.values, color="#d1d5db", linewidth=1)
@@ -270,7 +272,7 @@ def _draw_limits(axes: Axes, chart: Chart) -> None:
 
 
 def _time_axis(axes: Axes, look: Look) -> None:
-    locator = AutoDateLocator(look.zone, minticks=4, maxticks=8)
+    locator = AutoDateLocator(look.zone, minticks=4, maxticks=10)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, look.zone, show_offset=False))
     axes.set_xlim(look.date(look.span.start), look.date(look.span.end))

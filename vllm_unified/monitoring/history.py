@@ -120,7 +120,7 @@ def _lines(prometheus: Prometheus, chart: Chart, model: str) -> list[Line]:
         return _rows(prometheus, chart)
     ask = prometheus.series if chart.kind in OVER_TIME else prometheus.now
     found = [Line(series.name(query.legend), series.values) for query in chart.queries for series in ask(query, model)]
-    return [line for line in found if any(line.finite) or (line.finite and not chart.stacked)]
+    return [line for line in found if line.finite]
 
 
 def _rows(prometheus: Prometheus, chart: Chart) -> list[Line]:

@@ -125,5 +125,5 @@ def _labels(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shown(value: str) -> str:
-    text = "".join(letter if letter.isprintable() else "�" for letter in value)
+    text = "".join(letter if letter.isprintable() else "□" for letter in value)
     return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 1]}…"

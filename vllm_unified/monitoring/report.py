@@ -9,6 +9,7 @@ from lxml import html as lxml_html
 from lxml.html.builder import E  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from vllm_unified import __version__
 from vllm_unified.monitoring.charts import MODELS, Chart, Colour, Kind
@@ -18,6 +19,7 @@ from vllm_unified.monitoring.units import shown
 
 TITLE = "vllm-unified"
 GROUND = "#f6f7f9"
+ROOM = ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.11)  # inches, around each chart
 MARGIN = 0.22  # inches
 MOST_ALERTS_IN_PICTURE = 6
 STYLE = """
@@ -94,14 +96,13 @@ def picture(seen: History) -> bytes:
     pairs = [charts[at : at + 2] for at in range(0, len(charts), 2)]
     heights = [1.3, 0.5 + 0.27 * len(rows), *([_alerts_height(seen)] if seen.alerts else []), *[2.6] * len(pairs)]
     with style():
-        figure = Figure(figsize=(12, sum(heights)), layout="constrained", facecolor=GROUND)
-        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.11)  # type: ignore[union-attr]
+        figure = Figure(figsize=(12, sum(heights)), layout=ROOM, facecolor=GROUND)
         strips = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02, squeeze=False)[:, 0]
         _draw_head(strips[0], seen, look, [each for each in overview if each.chart.kind is Kind.STAT])
         _draw_table(_card(strips[1]), rows)
         if seen.alerts:
             _draw_alerts(_card(strips[2]), seen.alerts, look)
-        for strip, pair in zip(strips[-len(pairs) :], pairs, strict=True):
+        for strip, pair in zip(strips[len(heights) - len(pairs) :], pairs, strict=True):
             for place, each in zip(strip.subfigures(1, 2, wspace=0.012), pair, strict=False):
                 place.set_facecolor("white")
                 place.suptitle(each.chart.title, x=0.02, ha="left", fontsize=10, fontweight="bold", color=INK)
