@@ -11,7 +11,6 @@ from tests.collector import SERVER, Collector, Span
 from tests.engine.conftest import HEADERS, SMALL, Demo
 from tests.engine.test_documents import PAGES
 
-
 # Of a request of one model: the demonstration's reranker compares the vectors of two texts.
 ENGINE_SPANS = {"chat": 1, "embedding": 1, "rerank": 2, "ocr": 1}
 
