@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/lib.sh
 source scripts/lib.sh
+# shellcheck source=scripts/docker.sh
+source scripts/docker.sh
 
 # What the engine's disk has to hold: our layers, vLLM's images.
 readonly OWN_GB=2 GPU_IMAGE_GB=40 CPU_IMAGE_GB=10
@@ -26,7 +28,8 @@ usage: ./build.sh [options]
   --help             this text
 
 pip's configuration (PIP_CONFIG_FILE, ~/.config/pip/pip.conf or /etc/pip.conf) and the certificates of PIP_CERT or
-SSL_CERT_FILE are lent to the build, as secrets that no layer keeps.
+SSL_CERT_FILE are lent to the build, as secrets that no layer keeps. Images that the profiles in .env (COMPOSE_PROFILES)
+want are pulled where they are missing.
 
 Exit codes: 0 built (and verified, and pushed), 1 something is wrong (one line says what), 2 wrong usage.
 
@@ -68,6 +71,7 @@ main() {
   pre_flight
   build
   [[ -z $verify ]] || verify
+  pull_companions
   [[ -z $push ]] || push
   if [[ -n $QUIET ]]; then say "$IMAGE"; else say "$IMAGE: done in $((SECONDS - began)) s"; fi
 }
@@ -98,8 +102,8 @@ build() {
   tell "Building $IMAGE on $BASE"
   local output=/dev/stderr
   [[ -z $QUIET ]] || { OPTIONS+=(--quiet) output=/dev/null; }
-  lend pip.conf "${PIP_CONFIG_FILE:-}" ~/.config/pip/pip.conf /etc/pip.conf
-  lend ca "${PIP_CERT:-}" "${SSL_CERT_FILE:-}"
+  lend_secret pip.conf "${PIP_CONFIG_FILE:-}" ~/.config/pip/pip.conf /etc/pip.conf
+  lend_secret ca "${PIP_CERT:-}" "${SSL_CERT_FILE:-}"
   local mirror
   for mirror in HF_ENDPOINT MODELSCOPE_ENDPOINT; do
     [[ -z ${!mirror:-} ]] || OPTIONS+=(--build-arg "$mirror=${!mirror}")
@@ -112,7 +116,7 @@ build() {
     die "$IMAGE was not built; what went wrong is said above"
 }
 
-lend() { # ID FILE…: the first of the files that there is, as a secret
+lend_secret() { # ID FILE…: the first of the files that there is, as a secret
   local id=$1 file
   shift
   for file in "$@"; do
@@ -145,6 +149,12 @@ expect() { # WHAT PART COMMAND…: the command's answer in the image has this pa
   said=$(docker run --rm --network none "$IMAGE" "$@" 2>&1) || die "$IMAGE: $what: $* fails: $(tail -n 3 <<<"$said")"
   [[ $said == *"$part"* ]] || die "$IMAGE: $what: $* says \"$(tail -n 1 <<<"$said")\", not $part"
   tell "  $what: $(tail -n 1 <<<"$said")"
+}
+
+# Those of others that the profiles of .env want. A start pulls nothing.
+pull_companions() {
+  local image
+  for image in $(companion_images); do pull_missing "$image"; done
 }
 
 push() {

@@ -17,14 +17,17 @@ usage: ./build_offline_package.sh [options]
   --models LIST             keys of config/models.json to carry, with commas (default: all that are enabled)
   --skip-models             carry no weights
   --runtime docker|native   the image (the default), or Python packages for hosts without Docker
+  --with-nginx              Nginx' image too; where the bundle is first installed, its profile is switched on
+  --with-monitoring         the same for Prometheus and Grafana
   --split SIZE              in parts of this size, as 4G, for media that need it
   --since FILE              only what an earlier bundle lacks: FILE is its SHA256SUMS
   --jobs N                  threads (default: all cores)
   --no-verify               do not read the bundle back when it is made
   --help                    this text
 
-Missing weights are fetched first. The image is the one that ./build.sh made. Keys and .env are never carried. A run
-that was interrupted is run again, and goes on.
+Missing weights and images of others are fetched first. Our image is the one that ./build.sh made. Keys and .env are never carried. A run
+that was interrupted is run again, and goes on. With --runtime native, Nginx, Prometheus and Grafana are packages of the
+host that the bundle is for: bring them from its own media.
 
 Exit codes: 0 made, 1 something is wrong (one line says what), 2 wrong usage.
 
@@ -32,12 +35,13 @@ examples:
   ./build_offline_package.sh --version v1.0.0
   ./build_offline_package.sh --models embedding,rerank --output /media/stick --split 4G
   ./build_offline_package.sh --version v1.1.0 --since dist/knowflow-offline-v1.0.0.SHA256SUMS
+  ./build_offline_package.sh --with-nginx --with-monitoring
   ./build_offline_package.sh --runtime native
 EOF
 }
 
 main() {
-  local runtime=docker output=dist options=() models=() skip=''
+  local runtime=docker output=dist options=() models=() skip='' profiles=()
   while (($#)); do
     case $1 in
       --version | --split | --since | --jobs)
@@ -61,6 +65,7 @@ main() {
         runtime=$2
         shift
         ;;
+      --with-nginx | --with-monitoring) profiles+=("${1#--with-}") ;;
       --skip-models) skip=--skip-models ;;
       --no-verify) options+=("$1") ;;
       -h | --help)
@@ -71,20 +76,26 @@ main() {
     esac
     shift
   done
-  if [[ $runtime == docker ]]; then docker_must_have_image; fi
+  if [[ $runtime == docker ]]; then
+    docker_must_have_image
+    get_companions "${profiles[@]}"
+  fi
   install_package
   install_bundler
   if [[ -n $skip ]]; then options+=("$skip"); else "$VENV/bin/vllm-unified" models download "${models[@]}"; fi
   mkdir -p "$output"
   if [[ $runtime == docker ]]; then
-    options+=(--image "$IMAGE" --devices "$(devices_of_image)")
+    options+=(--image "$IMAGE" --devices "$(devices_of_image)" "${COMPANIONS[@]/#/--companion=}")
   else
     install_vllm
     make_demo_models
     collect_wheels
     options+=(--wheels "$WHEELHOUSE" --devices "$(devices_of_machine)")
   fi
-  "$VENV/bin/vllm-unified" bundle --output "$output" "${options[@]}"
+  "$VENV/bin/vllm-unified" bundle --output "$output" --profiles "$(IFS=,; say "${profiles[*]}")" "${options[@]}"
+  if [[ $runtime == native && ${#profiles[@]} != 0 ]]; then
+    say "Not in it: ${profiles[*]}, which natively are packages of the host; ./install.sh there says which"
+  fi
 }
 
 path() { (cd "$CALLED_FROM" && realpath --canonicalize-missing -- "$1"); }
@@ -94,6 +105,19 @@ docker_must_have_image() {
   docker_answers || die "the Docker engine does not answer: $(docker info 2>&1 | tail -n 1)"
   IMAGE=$(image) && [[ -n $IMAGE ]] || die "docker compose can't read docker-compose.yml and .env; \`docker compose config\` says why"
   has_image "$IMAGE" || die "the image $IMAGE is not on this machine; make it with ./build.sh"
+}
+
+# COMPANIONS: the images of the profiles.
+get_companions() { # PROFILE…
+  local profile image
+  COMPANIONS=()
+  for profile in "$@"; do
+    case $profile in
+      nginx) COMPANIONS+=("$NGINX_IMAGE") ;;
+      monitoring) COMPANIONS+=("$PROMETHEUS_IMAGE" "$GRAFANA_IMAGE") ;;
+    esac
+  done
+  for image in "${COMPANIONS[@]}"; do pull_missing "$image"; done
 }
 
 devices_of_image() {

@@ -29,8 +29,11 @@ usage: ./deploy.sh VERB [options]
   reload [--json]                 take up what changed in the configuration while all goes on, and say what needs a
                                   restart
   status [--json | --watch]       what runs; exit code 0 when all is ready, 3 when not
-  logs [MODEL] [--follow] [--lines N]
-                                  what a model (or router, nginx, prometheus, grafana) wrote last; without MODEL, all
+  logs [NAME…] [--follow] [--lines N] [--errors] [--since WHEN] [--json]
+                                  what all wrote last, or a model, router, documents, nginx …, in the order of time
+                                  --errors: only these, and requests that failed by no fault of their clients
+                                  --since: 30s, 10m, 2h, 3d, or a moment as 2026-11-22T15:00
+                                  --lines: the last N (default 50; with --since, all)
   health                          the router's own report; exit code 0 when healthy
   selftest [--json]               golden questions to every model; exit code 1 when one answers wrongly, 3 when it
                                   does not run
@@ -58,6 +61,7 @@ examples:
   ./deploy.sh start               the models of config/models.json
   ./deploy.sh models verify chat
   ./deploy.sh logs chat --follow
+  ./deploy.sh logs --errors --since 2h
   ./deploy.sh restart embedding
   ./deploy.sh reload              after a change of config/models.json
 EOF
@@ -187,34 +191,17 @@ verb_status() {
   cli status "${states[@]/#/--container=}" "$@"
 }
 
+# Of what does not run any more too, as long as its files are there.
 verb_logs() {
-  local names=() lines=50 follow=()
-  while (($#)); do
-    case $1 in
-      -f | --follow) follow=(-F) ;;
-      --lines)
-        [[ ${2:-} =~ ^[0-9]+$ ]] || die "--lines wants a number"
-        lines=$2
-        shift
-        ;;
-      -*) wrong_usage "$1" ;;
-      *) names+=("$1") ;;
-    esac
-    shift
-  done
-  if logs_of_container "$lines" "${#follow[@]}" "${names[@]}"; then return; fi
-  local folder name files=()
-  folder=$(run_folder)/logs
-  for name in "${names[@]}"; do
-    { [[ $name =~ ^[A-Za-z0-9_-]+$ ]] && inside test -f "$folder/$name.log"; } ||
-      die "no log of \"$name\"; there are: $(log_names "$folder")"
-    files+=("$folder/$name.log")
-  done
-  if ((${#files[@]} == 0)); then
-    for name in $(log_names "$folder"); do files+=("$folder/$name.log"); done
+  if [[ $RUNTIME == docker && ${1:-} =~ ^(nginx|prometheus|grafana)$ ]]; then
+    logs_of_companion "$@"
+    return
+  elif [[ $RUNTIME == docker && $(container_state) != running ]]; then
+    die "the container does not run; docker logs $CONTAINER shows what it wrote"
+  elif [[ $RUNTIME == native && ! -x $VENV/bin/vllm-unified ]]; then
+    die "$VENV is not there, and reading logs needs it; ./deploy.sh start makes it (the files are in $(home)/run/logs)"
   fi
-  ((${#files[@]})) || die "no logs yet; start it with ./deploy.sh start"
-  inside tail -n "$lines" "${follow[@]}" "${files[@]}"
+  cli logs "$@"
 }
 
 verb_health() {
@@ -442,14 +429,6 @@ reload_companions() {
     fi
   done
 }
-# Those that are in a container of their own have no log among ours.
-logs_of_container() { # LINES FOLLOWS NAMES…
-  local id='' options=(--tail "$1")
-  [[ $RUNTIME == docker && $# == 3 ]] && id=$(companion "$3")
-  [[ -n $id ]] || return 1
-  if (($2)); then options+=(--follow); fi
-  docker logs "${options[@]}" "$id"
-}
 running_config() { inside cat "$(run_folder)/config"; }
 config_path() { if [[ $RUNTIME == docker ]]; then say "$IN_CONTAINER/$1"; else realpath "$(home)/$1"; fi; } # CONFIG
 
@@ -608,7 +587,6 @@ must_be_enabled() { # MODEL
   keys=$(cli --config "$(running_config)" engines)
   [[ $'\n'$keys$'\n' == *$'\n'"$1"$'\n'* ]] || die "\"$1\" is not enabled; enable it in the configuration, and ./deploy.sh reload"
 }
-log_names() { inside find "$1" -maxdepth 1 -name '*.log' ! -name '*.keeper.log' ! -name 'install.log' -printf '%f\n' 2>/dev/null | sed 's/\.log$//' | sort; }
 confirm() { # removes, restores: what it does
   [[ -t 0 ]] || die "asks before it $1; say --force where nobody can answer"
   local answer

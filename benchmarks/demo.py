@@ -63,7 +63,7 @@ def project_folder() -> Iterator[tuple[Path, dict[str, str]]]:
         shutil.copytree(CHECKOUT / "config", home / "config")
         (home / "models").mkdir()
         (home / "models" / "demo").symlink_to(CHECKOUT / "models" / "demo")
-        ports = {name: str(_free_port()) for name in ("ROUTER", *map(str.upper, KEYS))}
+        ports = {name: str(free_port()) for name in ("ROUTER", *map(str.upper, KEYS))}
         environ = {
             **os.environ,
             "VLLM_UNIFIED_HOME": str(home),
@@ -86,7 +86,7 @@ def running_demo(**variables: str) -> Iterator[Demo]:
             subprocess.run([deploy, "stop"], env=environ, check=True, stdout=sys.stderr)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

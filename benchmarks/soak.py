@@ -36,8 +36,10 @@ VICTIMS = ("API server", "VLLM::EngineCore", "VLLM::Worker", "keeper")
 
 
 class Soak:
-    def __init__(self, demo: Demo) -> None:
+    def __init__(self, demo: Demo, address: str) -> None:
+        """`address`: where requests go, as http://HOST:PORT/v1."""
         self.demo = demo
+        self.address = address
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.bad: list[str] = []
         self.kills: collections.Counter[str] = collections.Counter()
@@ -46,7 +48,7 @@ class Soak:
     def ask(self, key: str) -> None:
         path, body = random.choice(REQUESTS[key])  # noqa: S311
         try:
-            outcome = self._outcome(f"{self.demo.router}{path}", {"model": f"demo-{key}", **body})
+            outcome = self._outcome(f"{self.address}{path}", {"model": f"demo-{key}", **body})
         except httpx.TimeoutException:
             outcome = "hung"
         except httpx.HTTPError as error:
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=60.0, help="seconds between two kills (default 60)")
     options = parser.parse_args()
     with running_demo() as demo:
-        soak = Soak(demo)
+        soak = Soak(demo, demo.router)
         soak.run(options.minutes, options.rate, options.kill_every)
         whole_after = soak.wait_until_whole()
         left = demo.processes_without_owner()

@@ -38,6 +38,31 @@ companion_states() {
     say "$name=$(docker container inspect --format '{{if and .State.Running .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' "$id" 2>/dev/null || say gone)"
   done < <(containers '{{.ID}}')
 }
+# What they write is Docker's alone.
+logs_of_companion() { # NAME [--follow] [--lines N] [--since WHEN]
+  local name=$1 id options=() last=(--tail 50)
+  shift
+  id=$(companion "$name")
+  [[ -n $id ]] || die "$name has no container here; COMPOSE_PROFILES in .env says which ones there are"
+  while (($#)); do
+    case $1 in
+      -f | --follow) options+=(--follow) ;;
+      --lines | --since)
+        [[ -n ${2:-} ]] || die "$1 wants a value"
+        if [[ $1 == --lines ]]; then last=(--tail "$2"); else options+=(--since "$2") last=(); fi
+        shift
+        ;;
+      *) die "$1: not for $name, whose container Docker keeps the log of: --follow, --lines N or --since WHEN" ;;
+    esac
+    shift
+  done
+  docker logs "${last[@]}" "${options[@]}" "$id"
+}
+# Of what others made, on a machine that has a network.
+pull_missing() { # IMAGE
+  has_image "$1" || docker pull --quiet "$1" >/dev/null ||
+    die "the image $1 is neither here nor to be had; on a machine with internet: docker pull $1 && docker save $1 -o image.tar, and here: docker load -i image.tar"
+}
 container_state() { docker container inspect --format '{{.State.Status}}' "$CONTAINER" 2>/dev/null || say none; }
 
 docker_pre_flight() {

@@ -14,6 +14,7 @@ from vllm_unified.settings.schema import (
     Endpoint,
     ModelEntry,
     ModelsFile,
+    NginxSettings,
     RouterSettings,
     SystemSettings,
 )
@@ -43,6 +44,7 @@ def readme(text: str) -> str:
             ("router", RouterSettings),
             ("system", SystemSettings),
             ("documents", DocumentsSettings),
+            ("nginx", NginxSettings),
         )
         for name, field in holder.model_fields.items()
     ]

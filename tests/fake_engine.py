@@ -18,6 +18,7 @@ behaves; every field may be left out:
     key: what a client has to send in place of VLLM_API_KEY; "" is nothing
     tls: [certificate, its key], files                 pad: bytes of white space in each chunk of a stream
     answer: what every POST is answered with
+    says: true, so that it writes a line a request as vLLM's server does, with what stands behind the "?"
     golden: it answers embeddings, rankings and chats by the words that texts share; "right", or what is wrong
 
 POST /behave changes the behaviour of one that runs, and forgets what it saw.
@@ -73,6 +74,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": {"message": "fake engine: no such path"}})
 
     def do_POST(self) -> None:
+        if BEHAVIOUR.get("says"):
+            print(
+                f'(APIServer pid={os.getpid()}) INFO:     127.0.0.1:1 - "POST {self.path} HTTP/1.1" 200 OK', flush=True
+            )
         body = self.rfile.read(int(self.headers.get("content-length", "0")))
         if self.path == "/behave":
             BEHAVIOUR.clear()

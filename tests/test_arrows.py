@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import CHECKOUT
 
 PACKAGE = CHECKOUT / "vllm_unified"
-BASE = {"errors", "state", "devices", "held", "loopback"}
+BASE = {"errors", "state", "devices", "held", "loopback", "logs"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "state": {"errors"},
@@ -18,11 +18,15 @@ ALLOWED: dict[str, set[str]] = {
     "devices": {"errors", "settings"},
     "held": set(),
     "loopback": set(),
+    # one format for all that write a log, and what reads it
+    "logs": {"errors"},
     "settings": {"errors"},
     "engines": BASE | {"settings"},
     "supervision": BASE | {"settings", "engines"},
-    "router": BASE | {"settings"},
-    "documents": BASE | {"settings"},
+    # whose spans both are sent by
+    "tracing": {"errors", "settings"},
+    "router": BASE | {"settings", "tracing"},
+    "documents": BASE | {"settings", "tracing"},
     "hub": {"errors", "state", "settings"},
     "bundle": {"errors", "settings", "hub"},
     # charts of what the exporters of other rooms tell, over HTTP alone

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -189,21 +190,38 @@ def test_stop_and_start_of_one_model(deployed: Deployed) -> None:
 
 def test_logs(deployed: Deployed) -> None:
     deployed.configure()
-    assert "no logs yet" in deployed.run("logs").stderr
+    none = deployed.run("logs")
+    assert (none.returncode, none.stderr) == (1, "no logs yet; start it with ./deploy.sh start\n")
     deployed.run("start")
     assert "fake engine:" in deployed.run("logs", "chat").stdout
-    every = deployed.run("logs", "--lines", "3").stdout
-    assert all(f"/{name}.log" in every for name in ("chat", "embedding", "router", "supervisord"))
+    every = [line.split()[1] for line in deployed.run("logs", "--lines", "200").stdout.splitlines()]
+    assert {"chat", "embedding", "router", "supervisord"} <= set(every)
+    lines = [json.loads(line) for line in deployed.run("logs", "--since", "1h", "--json").stdout.splitlines()]
+    assert {line["source"] for line in lines} == {"supervisord", "router", "keeper", "engine"}
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     unknown = deployed.run("logs", "../../etc/passwd")
-    assert unknown.returncode == 1
+    assert (unknown.returncode, unknown.stdout) == (1, "")
     assert 'no log of "../../etc/passwd"' in unknown.stderr
-    with subprocess.Popen([DEPLOY, "logs", "chat", "--follow"], env=deployed.environ, stdout=subprocess.PIPE) as follow:
+    command = [DEPLOY, "logs", "chat", "--follow"]
+    with subprocess.Popen(command, env=deployed.environ, stdout=subprocess.PIPE, text=True) as follow:
         assert follow.stdout is not None
-        assert follow.stdout.readline()
-        follow.send_signal(signal.SIGTERM)
-        for child in psutil.Process().children(recursive=True):
-            if child.name() == "tail":
-                child.terminate()
+        assert "keeper: started" in follow.stdout.readline()
+        stopped = deployed.run("stop")
+        assert stopped.returncode == 0, stopped.stderr
+        assert any("keeper: stopped" in line for line in iter(follow.stdout.readline, ""))
+        for child in psutil.Process(follow.pid).children():
+            child.terminate()
+    # Its files are still there.
+    assert "keeper: stopped" in deployed.run("logs", "chat").stdout
+
+
+def test_logs_where_the_program_is_not_installed(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY, tmp_path)
+    shutil.copytree(CHECKOUT / "scripts", tmp_path / "scripts")
+    environ = {**os.environ, "DOCKER_HOST": "unix:///nowhere", "VLLM_UNIFIED_HOME": str(tmp_path)}
+    done = subprocess.run([tmp_path / "deploy.sh", "logs"], env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"deploy.sh: .*/.venv is not there, and reading logs needs it; .*\n", done.stderr)
 
 
 def test_a_model_that_cannot_start_is_named_with_its_reason(deployed: Deployed) -> None:
@@ -325,3 +343,68 @@ def test_plan_of_a_running_deployment(deployed: Deployed) -> None:
     planned = json.loads(deployed.run("plan", "--json").stdout)
     assert planned["order"] == ["chat", "embedding"]
     assert deployed.run("check").returncode == 0
+
+
+# Keeps what it was told, and runs until it is ended.
+GRAFANA = """\
+#!/bin/sh
+mkdir -p "$GF_PATHS_DATA"
+env >"$GF_PATHS_DATA/environment"
+exec sleep 600
+"""
+
+
+def test_nginx_prometheus_and_grafana_beside_it(deployed: Deployed) -> None:
+    """The real nginx and Prometheus."""
+    home = deployed.project.home
+    deployed.configure()
+    for name in ("nginx.conf", "maintenance.html"):
+        shutil.copy(CHECKOUT / "config" / name, home / "config")
+    (home / "bin").mkdir()
+    (home / "bin/grafana").write_text(GRAFANA)
+    (home / "bin/grafana").chmod(0o755)
+    ports = {name: free_port() for name in ("NGINX", "NGINX_TLS", "PROMETHEUS", "GRAFANA")}
+    variables = {f"VLLM_{name}_PORT": port for name, port in ports.items()} | {"COMPOSE_PROFILES": "nginx,monitoring"}
+    (home / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+    deployed.environ["PATH"] = f"{home / 'bin'}:{deployed.environ['PATH']}"
+    urls = {name: f"http://127.0.0.1:{ports[name.upper()]}" for name in ("nginx", "prometheus", "grafana")}
+
+    started = deployed.run("start")
+    assert started.returncode == 0, started.stderr
+    password = (home / "data/grafana.password").read_text()
+    assert f"user admin, password {password}   (this once" in started.stdout
+    assert deployed.status()["companions"] == {name: {"state": "running", "url": url} for name, url in urls.items()}
+    assert re.search(rf"^nginx +{urls['nginx']} +running$", deployed.run("status").stdout, re.MULTILINE)
+    assert f"PROMETHEUS_URL={urls['prometheus']}" in (home / "data/grafana/environment").read_text().splitlines()
+    key = re.search(r"^KEY=(.+)$", started.stdout, re.MULTILINE)
+    assert key
+    headers = {"authorization": f"Bearer {key[1]}"}
+    asked = {"model": "the-chat", "messages": []}
+    assert httpx.post(f"{urls['nginx']}/v1/chat/completions", json=asked, headers=headers).status_code == 200
+    assert "/v1/chat/completions 200" in deployed.run("logs", "nginx").stdout
+
+    def up() -> set[str]:
+        found = httpx.get(f"{urls['prometheus']}/api/v1/query", params={"query": "up == 1"}).json()["data"]["result"]
+        return {each["metric"].get("model", each["metric"]["type"]) for each in found}
+
+    eventually(lambda: up() == {"router", "chat", "embedding"}, 60)
+    before = _reloaded(urls["prometheus"])
+    assert deployed.run("reload").stdout == "nothing has changed\n"
+    eventually(lambda: _reloaded(urls["prometheus"]) > before)
+
+    # A port that waits for a restart must not reach nginx before the router.
+    conf = home / "run/rendered/nginx/nginx.conf"
+    rendered = conf.read_text()
+    deployed.ports["router"] = free_port()
+    deployed.configure()
+    assert "router.port" in deployed.run("reload").stdout
+    assert conf.read_text() == rendered
+    assert deployed.run("stop").stdout == "stopped\n"
+    assert deployed.processes() == []
+    assert deployed.traces() == set()
+
+
+def _reloaded(url: str) -> float:
+    said = httpx.get(f"{url}/metrics").text
+    (value,) = re.findall(r"^prometheus_config_last_reload_success_timestamp_seconds (\S+)$", said, re.MULTILINE)
+    return float(value)

@@ -10,7 +10,9 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import CHECKOUT, Project
 from vllm_unified.engines.keeper import LEAVING_SECONDS, SETTLING_SECONDS
+from vllm_unified.settings import Settings
 from vllm_unified.settings.schema import DEFAULT_PORTS, RouterSettings
+from vllm_unified.supervision.companions import BY_NAME
 from vllm_unified.supervision.conf import supervisord_conf
 
 COMPOSE = yaml.safe_load((CHECKOUT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -22,6 +24,14 @@ def test_the_base_image_is_that_of_the_versions() -> None:
     command = ["bash", "-c", 'source scripts/versions.env && echo "$GPU_IMAGE"']
     wanted = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
     assert re.findall("^ARG BASE_IMAGE=(.+)$", DOCKERFILE, re.MULTILINE) == [wanted]
+
+
+def test_the_images_of_others_are_those_of_the_versions() -> None:
+    names = ("NGINX_IMAGE", "PROMETHEUS_IMAGE", "GRAFANA_IMAGE")
+    command = ["bash", "-c", f"source scripts/versions.env && echo {' '.join(f'${name}' for name in names)}"]
+    wanted = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.split()
+    found = [COMPOSE["services"][name]["image"] for name in ("nginx", "prometheus", "grafana")]
+    assert found == [f"${{{name}:-{image}}}" for name, image in zip(names, wanted, strict=True)]
 
 
 def test_every_dependency_has_a_version_that_fits() -> None:
@@ -39,6 +49,27 @@ def test_the_ports_are_published(project: Project) -> None:
     assert all(port.startswith("${VLLM_") and ":-127.0.0.1}:" in port for port in SERVICE["ports"])
 
 
+def test_what_runs_beside_it_is_closed_too(project: Project) -> None:
+    beside = {name: each for name, each in COMPOSE["services"].items() if "profiles" in each}
+    assert set(beside) == set(BY_NAME)
+    for name, service in beside.items():
+        assert service["profiles"] == [BY_NAME[name].profile]
+        assert (service["pull_policy"], service["cap_drop"]) == ("never", ["ALL"])
+        assert (service["read_only"], service["security_opt"]) == (True, ["no-new-privileges:true"])
+        assert service["healthcheck"]["test"]
+        assert "vllm_rendered:/app/run/rendered:ro" in service["volumes"]
+        assert all(re.match(r"\$\{VLLM_(NGINX|MONITORING)_HOST:-127\.0\.0\.1\}:", port) for port in service["ports"])
+    environment = project_with_nothing(project).environment
+    defaults = {field: str(getattr(environment, field)) for each in BY_NAME.values() for field in each.ports}
+    published = re.findall(r"VLLM_(\w+):-(\d+)\}:", " ".join(" ".join(each["ports"]) for each in beside.values()))
+    assert {name.lower(): port for name, port in published} == defaults
+
+
+def project_with_nothing(project: Project) -> Settings:
+    project.write({"chat": {"name": "m", "type": "chat"}})
+    return project.load()
+
+
 def test_all_programs_may_take_the_time_that_they_are_given(project: Project) -> None:
     """supervisord ends the engines, then the documents, then the router."""
     project.write({"read": {"name": "m", "type": "ocr"}})
@@ -51,6 +82,6 @@ def test_all_programs_may_take_the_time_that_they_are_given(project: Project) ->
 
 
 def test_all_that_is_made_carries_our_label() -> None:
-    made = [SERVICE, *COMPOSE["volumes"].values(), *COMPOSE["networks"].values()]
+    made = [*COMPOSE["services"].values(), *COMPOSE["volumes"].values(), *COMPOSE["networks"].values()]
     assert all("vllm-unified" in each["labels"] for each in made)
     assert 'LABEL vllm-unified="$VERSION"' in DOCKERFILE

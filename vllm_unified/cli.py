@@ -1,13 +1,15 @@
 """The command line: prints one line and exits with 1 on a user's error."""
 
+import contextlib
 import json
 import os
+import re
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from vllm_unified import __version__, loopback, state
 from vllm_unified.bundle.commands import bundle, requirements
 from vllm_unified.errors import ConfigError, UserError
 from vllm_unified.hub.commands import COMMANDS as COMMANDS_OF_MODELS
+from vllm_unified.logs.lines import end, under_supervisord, write_json
 from vllm_unified.settings import Model, Settings, load
 from vllm_unified.settings.environment import variable_of
 from vllm_unified.state import EngineState, Phase
 
 DEFAULT_CONFIG = "config/models.json"
 NOT_RUNNING = 3
+LINES_SHOWN = 50
 # Beyond what requests in flight are given: for engines to end and keepers to start.
 RELOAD_SECONDS = 120
 MOVED_ROUTER = "where its port, address or key was changed, ./deploy.sh restart takes that up"
@@ -142,7 +146,7 @@ def check(project: Project, machine: bool, before: str | None) -> None:
         if problems:
             raise ConfigError(problems)
         for note in notes_of_machine(settings):
-            click.echo(note, err=True)
+            click.echo(note)
     click.echo(f"{settings.shown_file}: {_models(len(settings.models))}, nothing wrong")
 
 
@@ -225,15 +229,15 @@ def engine(project: Project, name: str) -> None:
     """Keep the server of the model NAME running, until SIGTERM. supervisord runs this."""
     from vllm_unified.engines.handover import become_keeper, orders_for
 
-    _end_with_supervisord()
-    try:
-        settings = project.settings()
-        orders = orders_for(settings, _engine(settings, name), project.environ)
-    except UserError as error:
-        if _under_supervisord():  # which gave us the name that it was rendered with
-            _say_why_there_is_no_keeper(project.home / "run", name, str(error))
-        raise
-    become_keeper(orders)
+    with _service("keeper", name):
+        try:
+            settings = project.settings()
+            orders = orders_for(settings, _engine(settings, name), project.environ)
+        except UserError as error:
+            if under_supervisord():  # which gave us the name that it was rendered with
+                _say_why_there_is_no_keeper(project.home / "run", name, str(error))
+            raise
+        become_keeper(orders)
 
 
 @cli.command()
@@ -244,11 +248,11 @@ def router(project: Project) -> None:
     from vllm_unified.router.app import create_app
     from vllm_unified.router.serving import Router, run
 
-    _end_with_supervisord()
-    settings = project.settings()
-    serving = Router(settings)
-    serving.app = create_app(serving, Operations(settings.file, settings.home, project.environ))
-    run(serving)
+    with _service("router"):
+        settings = project.settings()
+        serving = Router(settings)
+        serving.app = create_app(serving, Operations(settings.file, settings.home, project.environ))
+        run(serving)
 
 
 @cli.command()
@@ -257,8 +261,8 @@ def documents(project: Project) -> None:
     """Serve the documents' API behind the router, until SIGTERM. supervisord runs this."""
     from vllm_unified.documents.app import serve
 
-    _end_with_supervisord()
-    serve(project.settings())
+    with _service("documents"):
+        serve(project.settings())
 
 
 @cli.command()
@@ -299,6 +303,64 @@ def health(project: Project, ready: bool) -> None:
         sys.exit(NOT_RUNNING)
     click.echo(report)
     sys.exit(0 if code == 200 else NOT_RUNNING)
+
+
+def _take_since(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    """Seconds since 1970."""
+    if value is None:
+        return None
+    try:
+        if found := re.fullmatch(r"(\d{1,6})([smhd])", value):
+            unit = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[found[2]]
+            return (datetime.now(UTC) - timedelta(**{unit: int(found[1])})).timestamp()
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f'"{value}" is neither 30s, 10m, 2h or 3d nor a moment as 2026-11-22T15:00') from None
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[MODEL|router|documents]...")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--lines", type=click.IntRange(min=0), metavar="N", help="The last N (default 50, with --since all).")
+@click.option("--errors", is_flag=True, help="Only errors, and requests that failed by no fault of their clients.")
+@click.option("--since", metavar="WHEN", callback=_take_since, help="30s, 10m, 2h, 3d, or a moment.")
+@click.option("--json", "as_json", is_flag=True, help="The lines as they are, for machines.")
+@click.pass_obj
+def logs(
+    project: Project,
+    names: tuple[str, ...],
+    follow: bool,
+    lines: int | None,
+    errors: bool,
+    since: float | None,
+    as_json: bool,
+) -> None:
+    """Show what all programs wrote, or those named, in the order of time.
+
+    \b
+    vllm-unified logs --errors --since 2h
+    vllm-unified logs chat router --follow
+    vllm-unified logs documents --since 2026-11-22T15:00 --json
+    """
+    from vllm_unified.logs import shown
+    from vllm_unified.logs.files import Entry, Logs
+
+    if lines is None and since is None:
+        lines = LINES_SHOWN
+    colour = sys.stdout.isatty()
+    folder = project.home / "run" / "logs"
+    with contextlib.closing(Logs(folder, names, since=since, lines=lines, errors=errors)) as found:
+
+        def show(entries: Iterable[Entry]) -> None:
+            now = datetime.now().astimezone()
+            for entry in entries:
+                print(shown.json(entry) if as_json else shown.text(entry, found.width, now, colour=colour))
+            sys.stdout.flush()
+
+        show(found.so_far())
+        if follow:
+            for entries in found.on():
+                show(entries)
 
 
 @cli.command()
@@ -631,15 +693,18 @@ def _say_why_there_is_no_keeper(run: Path, key: str, reason: str) -> None:
     replace(before, phase=Phase.STOPPED, since=time.monotonic(), keeper=None, reason=reason).write(run)
 
 
-def _under_supervisord() -> bool:
-    return bool(os.environ.get("SUPERVISOR_ENABLED"))
-
-
-def _end_with_supervisord() -> None:
-    if _under_supervisord():
+@contextlib.contextmanager
+def _service(source: str, model: str | None = None) -> Iterator[None]:
+    """It writes lines of JSON, and ends with supervisord."""
+    if under_supervisord():
         from vllm_unified.engines.processes import die_with_parent
 
         die_with_parent()
+    write_json(source, model)
+    try:
+        yield
+    except UserError as error:
+        end(str(error))
 
 
 def _models(count: int) -> str:

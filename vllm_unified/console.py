@@ -24,7 +24,7 @@ from vllm_unified.settings.keys import FILE as KEYS_FILE
 from vllm_unified.settings.keys import KeyEntry
 from vllm_unified.state import EngineState, Phase
 from vllm_unified.supervision.ask import programs
-from vllm_unified.supervision.companions import COMPANIONS, GRAFANA, supervised, wanted
+from vllm_unified.supervision.companions import BY_NAME, GRAFANA, supervised, wanted
 from vllm_unified.supervision.rendered import Password
 
 STYLES = {
@@ -218,8 +218,9 @@ class Status:
         guard = guard_of(settings) if documents == "running" else None
         found = rows(settings)
         usage = usage_of_all(settings, [row.state for row in found])
-        companions = {each.name: _phase(running, each.name) for each in wanted(settings) if each.name in (running or {})}
-        return cls(settings, router, documents, guard, found, usage, {**companions, **containers})
+        phases = {name: _phase(running, name) for name in running or {}} | dict(containers)
+        companions = {name: phases[name] for name in BY_NAME if name in phases}
+        return cls(settings, router, documents, guard, found, usage, companions)
 
     @property
     def others(self) -> list[tuple[Model, str]]:
@@ -241,8 +242,8 @@ class Status:
             lines.append(f"documents {self.settings.documents_url}    {self.documents}")
         if self.guard is not None and self.guard["works"] is False:
             lines.append(Text(f"          guard against repetition: {self.guard['message']}", style="yellow"))
-        urls = {each.name: each.url(self.settings) for each in COMPANIONS}
-        lines += [f"{name:<9} {urls[name]}    {phase}" for name, phase in self.companions.items()]
+        for name, phase in self.companions.items():
+            lines.append(f"{name:<9} {BY_NAME[name].url(self.settings)}    {phase}")
         return Group(*lines, models)
 
     def document(self) -> dict[str, Any]:
@@ -258,9 +259,8 @@ class Status:
                 "repetition_guard": self.guard,
             },
             "companions": {
-                each.name: {"state": self.companions[each.name], "url": each.url(self.settings)}
-                for each in COMPANIONS
-                if each.name in self.companions
+                name: {"state": phase, "url": BY_NAME[name].url(self.settings)}
+                for name, phase in self.companions.items()
             },
             "models": {
                 **{row.model.key: _document_of(row, self.usage[row.model.key]) for row in self.rows},
@@ -406,7 +406,7 @@ def welcome_text(settings: Settings) -> str:
 
 
 def _companions(settings: Settings) -> Iterator[str]:
-    for each in wanted(settings) if settings.in_container else supervised(settings):
+    for each in wanted(settings) if settings.in_containers else supervised(settings):
         yield f"{each.title:<12} {each.url(settings)}"
         if each is GRAFANA:
             password = Password(settings)

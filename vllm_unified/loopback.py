@@ -2,6 +2,7 @@
 
 import http.client
 import json
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,9 +12,11 @@ def get(url: str, timeout: float) -> tuple[int, str]:
     return _request("GET", url, timeout)
 
 
-def post(url: str, document: Any, api_key: str, timeout: float) -> tuple[int, str]:
-    """The same for a JSON document."""
-    headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+def post(
+    url: str, document: Any, api_key: str, timeout: float, more: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """The same for a JSON document. `more`: headers."""
+    headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json", **(more or {})}
     return _request("POST", url, timeout, json.dumps(document).encode(), headers)
 
 

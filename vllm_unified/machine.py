@@ -8,11 +8,12 @@ import psutil
 
 from vllm_unified.engines.keeper import port_taken
 from vllm_unified.engines.placement import plan_now
-from vllm_unified.errors import ConfigError, Problem
+from vllm_unified.errors import ConfigError, Problem, UserError
 from vllm_unified.hub.manifest import State, how_to_get, look
 from vllm_unified.settings import Model, Settings
 from vllm_unified.settings.environment import variable_of
-from vllm_unified.supervision.companions import GRAFANA, supervised, wanted
+from vllm_unified.supervision.companions import GRAFANA, NGINX, supervised, wanted
+from vllm_unified.supervision.nginx import nginx_files
 
 # A Unix socket's address has 108 bytes, the last of them zero; supervisord adds its pid while it makes one.
 LONGEST_SOCKET_PATH = 95
@@ -34,6 +35,7 @@ def problems_of_machine(settings: Settings, *, coming: Collection[Model], runnin
     found += _unusable_folder(settings)
     found += missing_weights(settings, coming)
     found += _missing_programs(settings)
+    found += _wrong_nginx(settings)
     if not running:
         found += _taken_ports(settings)
     return found
@@ -41,7 +43,7 @@ def problems_of_machine(settings: Settings, *, coming: Collection[Model], runnin
 
 def notes_of_machine(settings: Settings) -> Iterator[str]:
     """What is not as it was asked for, and keeps nothing from starting."""
-    if not settings.in_container and GRAFANA in wanted(settings) and GRAFANA not in supervised(settings):
+    if not settings.in_containers and GRAFANA in wanted(settings) and GRAFANA not in supervised(settings):
         yield (
             "Grafana is not installed, and no distribution has it: Prometheus runs without it. "
             "https://grafana.com/grafana/download has packages"
@@ -50,7 +52,7 @@ def notes_of_machine(settings: Settings) -> Iterator[str]:
 
 def _missing_programs(settings: Settings) -> Iterator[Problem]:
     """A package starts a service of its own, which takes the port."""
-    if settings.in_container:
+    if settings.in_containers:
         return
     here = supervised(settings)
     for each in wanted(settings):
@@ -60,6 +62,15 @@ def _missing_programs(settings: Settings) -> Iterator[Problem]:
                 f"apt install {each.name} && systemctl disable --now {each.name}, or leave the profile out"
             )
             yield Problem(".env", variable_of("profiles"), message)
+
+
+def _wrong_nginx(settings: Settings) -> Iterator[Problem]:
+    """Its template is the user's own, and so is the certificate."""
+    if NGINX in wanted(settings):
+        try:
+            nginx_files(settings)
+        except UserError as error:
+            yield Problem("", "", str(error))
 
 
 def missing_weights(settings: Settings, coming: Collection[Model] = ()) -> Iterator[Problem]:

@@ -23,6 +23,12 @@ no_options() {
   esac
 }
 
+# The profiles of this bundle go into an .env that says nothing of them, so that they can be seen and taken out there.
+write_profiles() { # FILE
+  if [[ -z ${BUNDLE_PROFILES:-} ]] || grep -qs '^COMPOSE_PROFILES=' "$1"; then return; fi
+  (umask 077 && printf 'COMPOSE_PROFILES=%s\n' "$BUNDLE_PROFILES" >>"$1")
+}
+
 # ROOT: the unpacked folder. bundle.env says what is in it.
 read_about() {
   # shellcheck disable=SC2153
@@ -57,8 +63,8 @@ hash_files() { # FOLDER_FOR_OUTPUT FILE…
 
 temporary() { mktemp "$@" || die "no room for temporary files; set TMPDIR to a folder that has some"; }
 
-# wrong_files SUMS [FOLDER]: a line for each path of which the file is missing, another one, or can't be read. All cores
-# read. What could not be looked at is never taken for right.
+# wrong_files SUMS [FOLDER]: a line for each path of which the file is missing, another one, or can't be read. Two processes
+# a core, as one computes while the other waits for the disk. What could not be looked at is never taken for right.
 wrong_files() (
   sums=$1 folder=${2:-$ROOT}
   scratch=$(temporary -d)
@@ -72,7 +78,7 @@ wrong_files() (
   # shellcheck disable=SC2016 # awk's own
   for files in '$1 > 8000000:1' '$1 <= 8000000:50'; do
     awk "${files%:*}" "$scratch/sizes" | cut -d' ' -f2- | tr '\n' '\0' |
-      xargs -0 -r -P "$(nproc)" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
+      xargs -0 -r -P "$((2 * $(nproc)))" -n "${files#*:}" bash -c 'hash_files "$@"' hash "$scratch" || true
   done
   # shellcheck disable=SC2016 # awk's own
   { sed 's/^/=/' "$scratch"/[0-9]* 2>/dev/null || true; sed 's/^/:/' "$sums"; } | awk '
@@ -92,7 +98,8 @@ wrong_files() (
 )
 
 show_progress() { # SCRATCH NUMBER_OF_FILES
-  while sleep 5; do say "  checked $(cat "$1"/[0-9]* 2>/dev/null | wc -l) of $2 files" >&2; done
+  # Not with our stderr: whoever reads that would wait for the last sleep.
+  while sleep 5 2>/dev/null; do say "  checked $(cat "$1"/[0-9]* 2>/dev/null | wc -l) of $2 files" >&2; done
 }
 
 # SHA256SUMS and, of the bundle that an increment builds on, those files that are in this folder too.
@@ -164,7 +171,7 @@ docker_problems() {
   local root
   root=$(docker info --format '{{.DockerRootDir}}')
   # Docker unpacks the archive before it takes the layers in.
-  if [[ -d $root ]] && ! image_is_loaded; then space_problem "$root" $((BUNDLE_IMAGE_BYTES * 3 / 2)); fi
+  if [[ -d $root ]] && ! images_are_loaded; then space_problem "$root" $((BUNDLE_IMAGE_BYTES * 3 / 2)); fi
 }
 
 space_problem() { # FOLDER BYTES
@@ -173,24 +180,33 @@ space_problem() { # FOLDER BYTES
   if ((free < $2)); then say "$1: needs $(decimal "$2"), $(decimal "$free") are free"; fi
 }
 
+# Ours, and of other people's those that came along.
+# shellcheck disable=SC2086 # names, with spaces between them
+names_of_images() { printf '%s\n' "$BUNDLE_IMAGE" ${BUNDLE_COMPANIONS:-}; }
+images_are_loaded() {
+  local name
+  for name in $(names_of_images); do is_loaded "$name" || return; done
+}
 # Docker calls an image by its configuration, or with containerd's image store by its manifest.
-image_is_loaded() {
+is_loaded() { # IMAGE
   local id
-  id=$(docker image inspect --format '{{.Id}}' "$BUNDLE_IMAGE" 2>/dev/null) || return 1
+  id=$(docker image inspect --format '{{.Id}}' "$1" 2>/dev/null) || return 1
   grep -qs "${id#sha256:}" "$ROOT/images/index.json" "$ROOT/images/manifest.json"
 }
 
 load_images() {
-  if image_is_loaded; then
-    say "$BUNDLE_IMAGE is loaded already"
+  local names
+  names=$(names_of_images | paste -sd ' ')
+  if images_are_loaded; then
+    say "$names: loaded already"
     return
   fi
   local began=$SECONDS said
-  say "loading $BUNDLE_IMAGE, $(decimal "$BUNDLE_IMAGE_BYTES") unpacked …"
+  say "loading $names, $(decimal "$BUNDLE_IMAGE_BYTES") unpacked …"
   # Layers that an earlier bundle brought, and that are not in this folder, are in the engine already.
   said=$(all_sums | paths_in | sed -n 's|^images/||p' | sort -u |
     tar --create --directory "$ROOT/images" --verbatim-files-from --files-from - | docker load 2>&1) ||
     die "docker load: $(tail -n 1 <<<"$said"); nothing of a deployment was changed. $(is_increment && say "This is an increment: unpack the bundle that it builds on into the same folder first. ")Run it again when that is mended"
-  image_is_loaded || die "docker load said \"$(tail -n 1 <<<"$said")\", but $BUNDLE_IMAGE is not there"
+  images_are_loaded || die "docker load said \"$(tail -n 1 <<<"$said")\", but not all of $names are there"
   say "loaded in $((SECONDS - began)) s"
 }

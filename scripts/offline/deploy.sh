@@ -13,10 +13,13 @@ else
 fi
 # shellcheck disable=SC1090
 source "$about"
+# shellcheck source=./common.sh
+source "$release/scripts/offline/common.sh"
 if [[ ! -e $home/config ]]; then
   cp -R "$release/config" "$home/config"
   chmod -R a+rX "$home/config"
   if [[ -d $home/models ]]; then chmod -R a+rX "$home/models"; fi # the container's user reads them
+  write_profiles "$home/.env"
 fi
 export VLLM_UNIFIED_HOME=$home VLLM_UNIFIED_OFFLINE=1
 if [[ $BUNDLE_RUNTIME == docker ]]; then

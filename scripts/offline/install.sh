@@ -138,13 +138,21 @@ bundle_problems() {
 
 taken_ports() {
   local name port
-  for name in ROUTER:8000 CHAT:8001 EMBEDDING:8002 RERANK:8003 OCR:8004; do
+  for name in ROUTER:8000 CHAT:8001 EMBEDDING:8002 RERANK:8003 OCR:8004 $(ports_of_profiles); do
     port=$(sed -n "s/^VLLM_${name%:*}_PORT=\([0-9]*\)$/\1/p" "$TO/.env" 2>/dev/null | tail -n 1)
     port=${port:-${name#*:}}
     if (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       say "port $port is taken; end what listens there (ss -ltnp shows it), or name another in $TO/.env first, as VLLM_${name%:*}_PORT=1$port"
     fi
   done
+}
+
+ports_of_profiles() {
+  local profiles
+  profiles=$(sed -n 's/^COMPOSE_PROFILES=//p' "$TO/.env" 2>/dev/null | tail -n 1)
+  if [[ ! -e $TO/config && -z $profiles ]]; then profiles=$BUNDLE_PROFILES; fi
+  if [[ ,$profiles, == *,nginx,* ]]; then say NGINX:80 NGINX_TLS:443; fi
+  if [[ ,$profiles, == *,monitoring,* ]]; then say PROMETHEUS:9090 GRAFANA:3000; fi
 }
 
 native_problems() {
@@ -228,17 +236,34 @@ say_what_will_be_done() {
     "$VERSION") say "$VERSION is installed; what is missing of it is added" ;;
     *) say "takes $current to $VERSION; the way back is $TO/rollback.sh" ;;
   esac
-  if [[ -e $TO/config ]]; then say "keeps config/, .env, keys and jobs as they are"; fi
+  if [[ -e $TO/config ]]; then
+    say "keeps config/, .env, keys and jobs as they are"
+    if [[ -n $BUNDLE_PROFILES ]] && ! grep -qs '^COMPOSE_PROFILES=' "$TO/.env"; then
+      say "brings $BUNDLE_PROFILES; COMPOSE_PROFILES=$BUNDLE_PROFILES in $TO/.env switches that on"
+    fi
+  elif [[ -n $BUNDLE_PROFILES ]]; then
+    say "switches on: $BUNDLE_PROFILES (COMPOSE_PROFILES in $TO/.env)"
+  fi
   if [[ $BUNDLE_RUNTIME$BUNDLE_DEVICES == nativecpu ]]; then
     missing_to_compile "$(in_release "$ROOT/release" find_python)" |
       sed 's/^/note: without /; s/$/, each model wants engine_args.enforce-eager: true/'
   fi
+  if [[ $BUNDLE_RUNTIME == native ]]; then missing_companions | sed 's/^/note: /'; fi
   for folder in "${LACKING[@]}"; do
     if [[ -e $TO/models/$folder ]]; then
       say "replaces models/$folder, which the way back brings back"
     else
       say "adds models/$folder"
     fi
+  done
+}
+
+missing_companions() {
+  local name
+  for name in ${BUNDLE_PROFILES//,/ }; do
+    name=${name/monitoring/prometheus}
+    PATH=$PATH:/usr/sbin command -v "$name" >/dev/null ||
+      say "$name is not installed, and ./deploy.sh start wants it; bring the package $name from this system's media"
   done
 }
 
@@ -262,6 +287,7 @@ install() {
     cp -R "$ROOT/release/config" "$TO/.config.new"
     chmod -R a+rX "$TO/.config.new"
     mv -T "$TO/.config.new" "$TO/config"
+    write_profiles "$TO/.env"
   fi
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Load the bundle's image into Docker. ./install.sh does this too.
+# Load the bundle's images into Docker. ./install.sh does this too.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # shellcheck source=./common.sh
@@ -9,7 +9,7 @@ usage() {
   cat <<'EOF'
 usage: scripts/load_images.sh
 
-Loads the image into the Docker engine that `docker info` reaches. What is loaded already is left alone.
+Loads the images into the Docker engine that `docker info` reaches. What is loaded already is left alone.
 EOF
 }
 

@@ -18,7 +18,7 @@ usage: ./uninstall.sh [--to DIR] [--all] [--force]
   --force    ask nothing
 
 Stops what runs, and removes the releases, their images and their scripts. It never touches another container, image or
-volume of this machine, nor the unpacked bundle.
+volume of this machine, nor the unpacked bundle. The images of Nginx, Prometheus and Grafana stay: others may use them.
 EOF
 }
 
@@ -68,16 +68,19 @@ remove() { # ALL
     if [[ -n $image ]] && docker image rm "$image" >/dev/null 2>&1; then say "removed the image $image"; fi
   done
   remove_volume cache
+  remove_volume rendered
   rm -rf -- "$TO/releases" "$TO/current" "$TO/previous" "$TO/.changing" "$TO"/.*.new "$TO"/models/.[!.]* "$TO/run" \
     "$TO/deploy.sh" "$TO/rollback.sh" "$TO/uninstall.sh"
   [[ -n $1 ]] || return 0
   remove_volume data
+  remove_volume prometheus
+  remove_volume grafana
   rm -rf -- "$TO/config" "$TO/models" "$TO/data" "$TO/.env" "${TO:?}/$MARK"
   rmdir -- "$TO" 2>/dev/null || say "what is left in $TO is not of the installation"
 }
 
 # Of this deployment, and only where it carries our label.
-remove_volume() { # cache or data
+remove_volume() { # KIND, as its label says
   local name found
   docker version >/dev/null 2>&1 || return 0
   name=$(sed -n 's/^VLLM_UNIFIED_NAME=//p' "$TO/.env" 2>/dev/null || true)

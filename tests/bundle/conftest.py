@@ -29,7 +29,9 @@ ABOUT = {
     "BUNDLE_DEVICES": "cpu",
     "BUNDLE_MODEL_BYTES": "0",
     "BUNDLE_IMAGE": "knowflow/vllm-unified:v1",
+    "BUNDLE_COMPANIONS": "",
     "BUNDLE_IMAGE_BYTES": "0",
+    "BUNDLE_PROFILES": "",
     "BUNDLE_PYTHON": "",
 }
 

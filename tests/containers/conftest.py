@@ -17,9 +17,10 @@ import openai
 import pytest
 
 from tests.conftest import CHECKOUT, free_port
-from tests.containers import stand_in
+from tests.containers import companions, stand_in
 
 KEYS = ("chat", "embedding", "rerank", "ocr")
+COMPANIONS = ("nginx", "nginx_tls", "prometheus", "grafana")
 NAME = "vllm-unified-test"
 IMAGE = f"{NAME}:latest"
 # Stands in the pip.conf that the build is lent, where a password could.
@@ -64,6 +65,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(IMAGE, done.stdout, pip_conf)
 
 
+@pytest.fixture(scope="session")
+def companion_images() -> list[str]:
+    """Of nginx, Prometheus and Grafana."""
+    images = list(companions.names().values())
+    if any(run("docker", "image", "inspect", image).returncode for image in images):
+        with timed("stand-ins for nginx, Prometheus and Grafana"):
+            companions.make()
+    return images
+
+
 def _base_image() -> str:
     command = ["bash", "-c", 'source scripts/versions.env && echo "$CPU_IMAGE"']
     return run(*command, cwd=CHECKOUT).stdout.strip()
@@ -100,6 +111,7 @@ ON_THE_HOST = (
     "scripts/docker.sh",
     "scripts/versions.env",
     "config",
+    "monitoring",
 )
 
 
@@ -117,7 +129,7 @@ class Host:
             copy = shutil.copytree if (CHECKOUT / path).is_dir() else shutil.copy
             (home / path).parent.mkdir(exist_ok=True)
             copy(CHECKOUT / path, home / path)
-        host = cls(home, name, {port: free_port() for port in ("router", *KEYS)})
+        host = cls(home, name, {port: free_port() for port in ("router", *KEYS, *COMPANIONS)})
         all_variables = {
             "VLLM_UNIFIED_NAME": name,
             "VLLM_UNIFIED_IMAGE": image,
@@ -170,7 +182,8 @@ class Host:
         print(run("docker", "logs", self.name).stdout[-20_000:])
         run("docker", "rm", "--force", self.name)
         self.run("stop")
-        run("docker", "volume", "rm", f"{self.name}_vllm_data", f"{self.name}_vllm_cache")
+        kinds = ("data", "cache", "rendered", "prometheus", "grafana")
+        run("docker", "volume", "rm", *(f"{self.name}_vllm_{kind}" for kind in kinds))
 
 
 @dataclass
@@ -179,6 +192,9 @@ class Demo(Host):
 
     printed: str = ""
 
+    def beside(self, name: str, *command: str) -> str:
+        return docker("exec", f"{self.name}-{name}", *command)
+
     def compose(self, *arguments: str) -> str:
         files = [self.home / f"docker-compose{name}.yml" for name in ("", ".cpu", ".demo")]
         named = [word for file in files for word in ("--file", str(file))]
@@ -186,11 +202,11 @@ class Demo(Host):
 
 
 @pytest.fixture(scope="module")
-def demo(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+def demo(built: Built, companion_images: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     home = tmp_path_factory.mktemp("demo")
     nothing = home / "nothing"
     nothing.mkdir(mode=0o555)
-    demo = Demo.made(home, NAME, built.image, nothing)
+    demo = Demo.made(home, NAME, built.image, nothing, COMPOSE_PROFILES="nginx,monitoring")
     assert isinstance(demo, Demo)
     try:
         with timed("./deploy.sh start --demo, four engines on an empty cache"):

@@ -22,12 +22,7 @@ client = openai.OpenAI(base_url=sys.argv[1], api_key=sys.argv[2], max_retries=0)
 print(len(client.embeddings.create(model="demo-embedding", input="Paris").data[0].embedding))
 """
 
-LISTEN = """
-import socket, time
-server = socket.create_server(("127.0.0.1", 8002))
-print("up", flush=True)
-time.sleep(60)
-"""
+PROFILES = ("--with-nginx", "--with-monitoring")
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +32,11 @@ def gap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airgap]:
 
 
 @pytest.fixture(scope="module")
-def sender(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Sender:
+def sender(built: Built, companion_images: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sender:
     docker("tag", built.image, f"{BUNDLED}:latest")
     sender = Sender(tmp_path_factory.mktemp("sender"))
     with timed("the bundle made"):
-        sender.make("v1", "--split", "400M")
+        sender.make("v1", "--split", "400M", *PROFILES)
     return sender
 
 
@@ -49,8 +44,21 @@ def key(gap: Airgap) -> str:
     return gap.done("docker", "exec", "vllm-unified", "sed", "-n", "s/^VLLM_API_KEY=//p", "data/.env").strip()
 
 
-def ask(gap: Airgap) -> str:
-    return gap.done(sys.executable, "-c", ASK, "http://127.0.0.1:8000/v1", key(gap)).strip()
+def ask(gap: Airgap, url: str = "http://127.0.0.1:8000/v1") -> str:
+    return gap.done(sys.executable, "-c", ASK, url, key(gap)).strip()
+
+
+def companions(gap: Airgap, site: Path) -> dict[str, str]:
+    found = json.loads(gap.done(site / "deploy.sh", "status", "--json"))["companions"]
+    return {name: each["state"] for name, each in found.items()}
+
+
+def running(gap: Airgap) -> list[str]:
+    return sorted(gap.done("docker", "ps", "--format", "{{.Image}}").split())
+
+
+def volume_made(gap: Airgap) -> str:
+    return gap.done("docker", "volume", "inspect", "--format", "{{.CreatedAt}}", "vllm-unified_vllm_prometheus")
 
 
 def images(gap: Airgap) -> list[str]:
@@ -95,11 +103,12 @@ def test_a_taken_port_is_known_before(gap: Airgap, bundle: Path, site: Path) -> 
 
 def test_a_dry_run_changes_nothing(gap: Airgap, bundle: Path, site: Path) -> None:
     said = gap.done(bundle / "install.sh", "--to", site, "--dry-run").splitlines()
-    assert said[-3:] == ["installs v1", "adds models/demo/minilm", "nothing was changed"]
+    switched_on = f"switches on: nginx,monitoring (COMPOSE_PROFILES in {site}/.env)"
+    assert said[-4:] == ["installs v1", switched_on, "adds models/demo/minilm", "nothing was changed"]
     assert (site.exists(), images(gap)) == (False, [])
 
 
-def test_an_install_that_was_killed_goes_on(gap: Airgap, bundle: Path, site: Path) -> None:
+def test_an_install_that_was_killed_goes_on(gap: Airgap, companion_images: list[str], bundle: Path, site: Path) -> None:
     with gap.started(bundle / "install.sh", "--to", site, "--no-verify") as installing:
         eventually(lambda: (site / "releases").exists(), 60)
         time.sleep(3)  # docker load is at work
@@ -108,9 +117,10 @@ def test_an_install_that_was_killed_goes_on(gap: Airgap, bundle: Path, site: Pat
     with timed("the bundle installed, without verifying it"):
         said = gap.done(bundle / "install.sh", "--to", site, "--no-verify")
     assert "start it:" in said
-    assert images(gap) == [f"{BUNDLED}:v1"]
+    assert images(gap) == sorted([f"{BUNDLED}:v1", *companion_images])
+    assert (site / ".env").read_text() == "COMPOSE_PROFILES=nginx,monitoring\n"
     again = gap.done(bundle / "install.sh", "--to", site)
-    assert "is loaded already" in again
+    assert "loaded already" in again
     assert "v1 is installed; what is missing of it is added" in again
 
 
@@ -118,48 +128,52 @@ def test_start_and_ask(gap: Airgap, site: Path) -> None:
     with timed("./deploy.sh start, one model"):
         said = gap.done(site / "deploy.sh", "start")
     assert "no model is missing" in said
-    assert ask(gap) == "384"
+    assert ask(gap) == ask(gap, "http://127.0.0.1/v1") == "384"
     assert gap.run("curl", "-sf", "http://127.0.0.1:8000/docs").returncode == 0
+    assert companions(gap, site) == dict.fromkeys(("nginx", "prometheus", "grafana"), "healthy")
 
 
-def test_an_upgrade_keeps_all_that_is_the_deployments(gap: Airgap, sender: Sender, site: Path, tmp_path: Path) -> None:
+def test_an_upgrade_keeps_all_that_is_the_deployments(
+    gap: Airgap, sender: Sender, companion_images: list[str], site: Path, tmp_path: Path
+) -> None:
     """By an increment, and without the bundle that it builds on at hand."""
-    before = key(gap)
+    before, measured = key(gap), volume_made(gap)
     (site / "config/models.json").write_text((site / "config/models.json").read_text() + "\n")
     mine = (site / "config/models.json").read_text()
-    (site / ".env").write_text("# mine\n")
+    variables = (site / ".env").read_text() + "# mine\n"
+    (site / ".env").write_text(variables)
     command = ("docker", "build", "--quiet", "--tag", f"{BUNDLED}:latest", "-")
     assert run(*command, input=f"FROM {BUNDLED}:latest\nLABEL next=yes\n").returncode == 0
     since = sender.folder / "dist/knowflow-offline-v1.SHA256SUMS"
-    sender.make("v2", "--since", str(since), "--no-verify")
+    sender.make("v2", "--since", str(since), "--no-verify", *PROFILES)
     assert (sender.folder / "dist/knowflow-offline-v2.tar").stat().st_size < 10_000_000
     bundle = sender.unpack("v2", tmp_path / "v2")
     with timed("an upgrade of what runs, one model"):
         said = gap.done(bundle / "install.sh", "--to", site)
     assert "takes v1 to v2" in said
     assert json.loads(gap.done(site / "deploy.sh", "status", "--json"))["ready"]
-    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{BUNDLED}:v2"]
-    assert key(gap) == before
-    assert ((site / "config/models.json").read_text(), (site / ".env").read_text()) == (mine, "# mine\n")
+    assert running(gap) == sorted([f"{BUNDLED}:v2", *companion_images])
+    assert (key(gap), volume_made(gap)) == (before, measured)
+    assert ((site / "config/models.json").read_text(), (site / ".env").read_text()) == (mine, variables)
     assert ask(gap) == "384"
 
 
-def test_the_way_back(gap: Airgap, site: Path) -> None:
+def test_the_way_back(gap: Airgap, companion_images: list[str], site: Path) -> None:
     with timed("./rollback.sh, one model"):
         gap.done(site / "rollback.sh")
-    assert gap.done("docker", "ps", "--format", "{{.Image}}").split() == [f"{BUNDLED}:v1"]
+    assert running(gap) == sorted([f"{BUNDLED}:v1", *companion_images])
     assert ask(gap) == "384"
 
 
-def test_uninstall_removes_its_own_alone(gap: Airgap, bundle: Path, site: Path) -> None:
+def test_uninstall_removes_its_own_alone(gap: Airgap, companion_images: list[str], bundle: Path, site: Path) -> None:
     gap.done("docker", "tag", f"{BUNDLED}:v1", "of-another:v1")
     gap.done("docker", "volume", "create", "of-another")
     assert gap.run(site / "uninstall.sh").returncode == 1, "nobody can answer"
     gap.done(site / "uninstall.sh", "--force")
     assert gap.done("docker", "ps", "--all", "--quiet") == ""
-    assert images(gap) == ["of-another:v1"]
+    assert images(gap) == sorted(["of-another:v1", *companion_images])
     volumes = gap.done("docker", "volume", "ls", "--quiet").split()
-    assert volumes == ["of-another", "vllm-unified_vllm_data"]
+    assert volumes == ["of-another", *(f"vllm-unified_vllm_{kind}" for kind in ("data", "grafana", "prometheus"))]
     assert {path.name for path in site.iterdir()} == {".vllm-unified", ".env", "config", "models"}
     gap.done(bundle / "uninstall.sh", "--to", site, "--all", "--force")
     assert not site.exists()

@@ -16,6 +16,7 @@ from tests.conftest import CHECKOUT, eventually
 from tests.containers.conftest import KEYS, NAME, Demo, docker, run, timed
 
 ASKED: Any = {"model": "demo-chat", "messages": [{"role": "user", "content": "What are you?"}]}
+BESIDE = ("nginx", "prometheus", "grafana")
 PAGE = CHECKOUT / "demo" / "ocr" / "page.png"
 
 
@@ -92,9 +93,64 @@ def test_a_page_is_read(demo: Demo) -> None:
 
 def test_what_is_published(demo: Demo) -> None:
     """The document service is not, and all the rest on the host's loopback alone."""
-    published = json.loads(docker("inspect", NAME))[0]["NetworkSettings"]["Ports"]
-    bound = {(each["HostIp"], int(each["HostPort"])) for all_of_it in published.values() for each in all_of_it or ()}
+    found = json.loads(docker("inspect", NAME, *(f"{NAME}-{name}" for name in BESIDE)))
+    published = [ports for each in found for ports in each["NetworkSettings"]["Ports"].values() if ports]
+    bound = {(each["HostIp"], int(each["HostPort"])) for ports in published for each in ports}
     assert bound == {("127.0.0.1", port) for port in demo.ports.values()}
+
+
+def test_nginx_prometheus_and_grafana_run_beside_it(demo: Demo) -> None:
+    found = demo.status()["companions"]
+    assert {name: each["state"] for name, each in found.items()} == dict.fromkeys(BESIDE, "healthy")
+    assert {name: each["url"] for name, each in found.items()} == {name: demo.url(name) for name in BESIDE}
+    for name in BESIDE:
+        process = demo.beside(name, "cat", "/proc/1/status")
+        assert "\nNoNewPrivs:\t1\n" in process
+        assert ("\nCapBnd:\t0000000000000000\n" in process) == (name != "nginx")
+    assert "GET" in demo.done("logs", "nginx") or "{" in demo.done("logs", "nginx")
+
+
+def test_chat_through_nginx(demo: Demo) -> None:
+    with demo.openai("nginx") as client:
+        answer = client.chat.completions.create(**ASKED)
+    assert answer.choices[0].message.content == chat.Lessons("en").answers["who_are_you"]
+
+
+def test_prometheus_has_the_router_the_documents_and_every_model(demo: Demo) -> None:
+    def up() -> set[tuple[str, str]]:
+        found = httpx.get(f"{demo.url('prometheus')}/api/v1/query", params={"query": "up == 1"}).json()
+        return {(each["metric"]["type"], each["metric"].get("model", "")) for each in found["data"]["result"]}
+
+    wanted = {("router", ""), ("documents", ""), *((key, key) for key in KEYS)}
+    eventually(lambda: up() == wanted, 90)
+    key, own = "/app/run/rendered/prometheus/key", demo.api_key()
+    assert demo.inside("stat", "--format", "%a %g", key) == "640 0\n"
+    assert own not in demo.beside("prometheus", "cat", key)
+
+
+def test_grafana_has_a_password_that_was_said_once(demo: Demo) -> None:
+    told = re.search(r"user admin, password (\S+)   \(this once; docker exec (.+)\)", demo.printed)
+    assert told
+    password = docker("exec", *told[2].split())
+    assert password == told[1]
+    assert f"(docker exec {told[2]})" in demo.inside("vllm-unified", "welcome").replace(
+        "in /app/", f"docker exec {NAME} cat "
+    )
+    organisation = f"{demo.url('grafana')}/api/org"
+    assert httpx.get(organisation, auth=("admin", password)).status_code == 200
+    assert httpx.get(organisation, auth=("admin", "admin")).status_code == 401
+    assert httpx.get(organisation).status_code == 401
+
+
+def test_a_reload_reaches_prometheus(demo: Demo) -> None:
+    def reloaded() -> float:
+        said = httpx.get(f"{demo.url('prometheus')}/metrics").text
+        (value,) = re.findall(r"^prometheus_config_last_reload_success_timestamp_seconds (\S+)$", said, re.MULTILINE)
+        return float(value)
+
+    before = reloaded()
+    demo.done("reload")
+    eventually(lambda: reloaded() > before, 30)
 
 
 def test_all_logs_reach_docker(demo: Demo) -> None:
@@ -117,8 +173,10 @@ def test_supervisord_is_the_first_process(demo: Demo) -> None:
 
 
 def test_what_it_writes_is_its_own(demo: Demo) -> None:
-    readable = demo.inside("find", "data", "run", "-type", "f", "-perm", "/077")
-    assert readable == ""
+    """But for what nginx, Prometheus and Grafana read."""
+    rendered = ("-path", "run/rendered", "-prune", "-o")
+    assert demo.inside("find", "data", "run", *rendered, "-type", "f", "-perm", "/077", "-print") == ""
+    assert demo.inside("find", "run/rendered", "-type", "f", "-perm", "/022") == ""
 
 
 def test_stop_drains_and_a_start_keeps_key_and_jobs(demo: Demo) -> None:
@@ -149,6 +207,8 @@ def test_stop_drains_and_a_start_keeps_key_and_jobs(demo: Demo) -> None:
     state = json.loads(docker("inspect", NAME))[0]["State"]
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
     assert demo.run("status").returncode == 3
+    meanwhile = httpx.get(f"{demo.url('nginx')}/v1/models", timeout=30)
+    assert (meanwhile.status_code, meanwhile.headers["x-error-source"]) == (503, "nginx")
 
     docker("start", NAME)  # its documents do not wait for the engines
     eventually(lambda: "run/supervisord.pid" in run("docker", "exec", NAME, "ls", "run/supervisord.pid").stdout, 60)

@@ -34,7 +34,7 @@ Cues, which a model's name may carry too, as in "DeepSeek-OCR:loop":
 POST /behave with such an object changes the behaviour of one that runs, and forgets what it saw. GET /seen:
 
     {"requests": [{"page", "cue", "status", "model", "mode", "prompt", "temperature", "vllm_xargs", "on_behalf_of",
-     "width", "height", "rotation", "fields", "answered"}], "pages": {number: answers given},
+     "traceparent", "width", "height", "rotation", "fields", "answered"}], "pages": {number: answers given},
      "cancelled": n, "most_running": n, "most_waiting": n, "guard_tests": n}
 
 `answered`, 0 until then, is in seconds of the clock that all processes of the machine share, time.monotonic().
@@ -59,6 +59,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -348,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, {"data": [model]})
         elif self.path in ("/metrics", "/metrics/engines") and not ocr.behaviour.get("no_metrics"):
             name = ocr.behaviour.get("model", "ocr")
-            labels = f'{{model_key="{name}",replica="ocr-1",engine="0",model_name="{name}"}}'
+            labels = f'{{model="{name}",replica="ocr-1",engine="0",model_name="{name}"}}'
             self.answer(
                 200,
                 f"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{labels} {ocr.running}.0\n"
@@ -391,7 +392,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def read_page(self, asked: dict[str, Any]) -> None:
         ocr = self.server.ocr
-        record = _record(asked, self.headers.get("x-on-behalf-of", ""))
+        record = _record(asked, self.headers)
         with ocr.lock:
             cue = record["cue"] = ocr.cue_of(record["mode"], record["page"], asked["model"])
             ocr.seen["requests"].append(record)
@@ -453,7 +454,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-def _record(asked: dict[str, Any], on_behalf_of: str) -> dict[str, Any]:
+def _record(asked: dict[str, Any], headers: Message) -> dict[str, Any]:
     parts = asked["messages"][-1]["content"]
     prompt = next(part["text"] for part in parts if part["type"] == "text")
     page = rotation = width = height = 0
@@ -471,7 +472,8 @@ def _record(asked: dict[str, Any], on_behalf_of: str) -> dict[str, Any]:
         "prompt": prompt,
         "temperature": asked.get("temperature"),
         "vllm_xargs": asked.get("vllm_xargs"),
-        "on_behalf_of": on_behalf_of,
+        "on_behalf_of": headers.get("x-on-behalf-of", ""),
+        "traceparent": headers.get("traceparent", ""),
         "width": width,
         "height": height,
         "rotation": rotation,

@@ -218,12 +218,12 @@ def test_giving_up_a_page_ends_it_in_the_engine(ocr: FakeOcr) -> None:
 
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{model_key="ocr",replica="a",engine="0",model_name="DeepSeek-OCR"} 3.0
-vllm:num_requests_running{model_key="ocr",replica="b",engine="0",model_name="DeepSeek-OCR"} 4.0
-vllm:num_requests_running{model_key="chat",replica="a",engine="0",model_name="Qwen"} 50.0
-vllm:num_requests_waiting{model_key="ocr",replica="a",engine="0",model_name="DeepSeek-OCR"} 1.0
-vllm:num_requests_waiting_by_reason{model_key="ocr",engine="0",reason="capacity"} 1.0
-vllm:e2e_request_latency_seconds_bucket{model_key="ocr",le="+Inf"} 12.0
+vllm:num_requests_running{model="ocr",replica="a",engine="0",model_name="DeepSeek-OCR"} 3.0
+vllm:num_requests_running{model="ocr",replica="b",engine="0",model_name="DeepSeek-OCR"} 4.0
+vllm:num_requests_running{model="chat",replica="a",engine="0",model_name="Qwen"} 50.0
+vllm:num_requests_waiting{model="ocr",replica="a",engine="0",model_name="DeepSeek-OCR"} 1.0
+vllm:num_requests_waiting_by_reason{model="ocr",engine="0",reason="capacity"} 1.0
+vllm:e2e_request_latency_seconds_bucket{model="ocr",le="+Inf"} 12.0
 """
 
 
@@ -235,8 +235,8 @@ vllm:e2e_request_latency_seconds_bucket{model_key="ocr",le="+Inf"} 12.0
         (METRICS, "chat", Queue(50, 0)),
         (METRICS, "embedding", None),
         ("", "ocr", None),
-        ("vllm:num_requests_running{model_key=", "ocr", None),
-        ('vllm:num_requests_running{model_key="ocr"} NaN', "ocr", None),
+        ("vllm:num_requests_running{model=", "ocr", None),
+        ('vllm:num_requests_running{model="ocr"} NaN', "ocr", None),
         ("<html>", "ocr", None),
     ],
 )

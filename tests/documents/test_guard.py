@@ -40,8 +40,8 @@ def test_what_is_found(fresh: Served, ocr: FakeOcr, model: str, guard: str, work
     fresh.start()
     found = guard_of(fresh)
     assert (found["works"], words in found["message"]) == (works, True), found
-    line = f"{'INFO' if works else 'WARNING'}: guard against repetition, {model}: {found['message']}\n"
-    assert fresh.log.read_text().count(line) == 1
+    lines = [(line["level"], line["message"]) for line in map(json.loads, fresh.log.read_text().splitlines())]
+    assert lines.count(("info" if works else "warning", f"guard against repetition, {model}: {found['message']}")) == 1
     assert "\n" not in found["message"]
 
 

@@ -49,6 +49,7 @@ def test_what_came_of_documents_and_pages(fresh: Served, ocr: FakeOcr) -> None:
     assert document["progress"]["pages_failed"] == 2, document
     found = metrics_of(fresh)
     assert found("", state="succeeded") == 1
+    assert [found("_finished_total", state=state) for state in ("succeeded", "failed", "cancelled")] == [1, 0, 0]
     assert (found("", state="failed"), found("_unfinished"), found("_pages_waiting")) == (0, 0, 0)
     assert (found("_pages_done_total"), found("_page_retries_total")) == (3, 2)
     assert {reason: found("_pages_failed_total", reason=reason) for reason in reasons if reason != "file"} == {
@@ -70,6 +71,7 @@ def test_what_waits(fresh: Served, ocr: FakeOcr) -> None:
     fresh.configure(pages_in_flight=3)
     fresh.start()
     ocr.behave(model="deepseek-ocr", cue="hang")
+    assert metrics_of(fresh)("_oldest_waiting_seconds") == 0
     tasks = [sent(fresh, 4), sent(fresh, 6)]
     eventually(lambda: metrics_of(fresh)("_pages_in_flight") == 3)
     found = metrics_of(fresh)
@@ -79,6 +81,7 @@ def test_what_waits(fresh: Served, ocr: FakeOcr) -> None:
         for task in tasks:
             client.delete(f"/api/tasks/{task}").raise_for_status()
     found = metrics_of(fresh)
+    assert found("_finished_total", state="cancelled") == 2
     assert (found("_unfinished"), found("_pages_waiting"), found("_pages_in_flight"), found("_bytes")) == (0, 0, 0, 0)
 
 

@@ -1,5 +1,6 @@
 """Documents and pages in a real SQLite file."""
 
+import contextlib
 import logging
 import sqlite3
 import stat
@@ -417,6 +418,16 @@ class TestList:
         assert (counts["queued"], counts["cancelled"], counts["running"]) == (*count, 0)
 
 
+def test_since_when_the_oldest_document_waits(store: Store) -> None:
+    assert store.oldest_queued() is None
+    first, second = queued(store, 1, 1, now=10.0), queued(store, 1, 2, now=20.0)
+    assert store.oldest_queued() == 10.0
+    store.start_pages({first: 1}, 30.0)
+    assert store.oldest_queued() == 20.0
+    store.cancel(second, 40.0)
+    assert store.oldest_queued() is None
+
+
 class TestWebhook:
     @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
     def test_is_due_at_the_end_and_until_it_arrived(self, store: Store, end: Any) -> None:
@@ -496,6 +507,18 @@ class TestDamage:
             Store(path)
         assert [file.name for file in path.parent.glob("*broken*")] == []
 
+    def test_an_older_version_is_brought_along(self, path: Path) -> None:
+        with contextlib.closing(Store(path)) as older:
+            document = queued(older)
+        with sqlite3.connect(path) as connection:
+            connection.execute("ALTER TABLE documents DROP COLUMN traceparent")
+            connection.execute("PRAGMA user_version = 1")
+        connection.close()
+        with contextlib.closing(Store(path)) as store:
+            assert (store.get(document).traceparent, store.get(document).pages) == ("", 3)
+            assert store.accept(upload(1, traceparent="00-1-2-01"), 11.0).traceparent == "00-1-2-01"
+        Store(path).close()
+
     def test_a_full_disk_is_a_507_and_works_again(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
         document = queued(store)
         with store._engine.connect() as connection:
@@ -547,8 +570,8 @@ def test_the_tables_are_those_of_this_version(store: Store) -> None:
             table: [row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")]
             for table in ("documents", "pages", "joints")
         }
-    assert VERSION == 1
-    assert len(columns["documents"]) == 21
+    assert VERSION == 2
+    assert len(columns["documents"]) == 22
     assert columns["pages"] == ["document", "number", "state", "attempts", "result", "reason"]
     assert columns["joints"] == ["document", "page", "result"]
     assert set(msgspec.structs.asdict(upload())) < set(columns["documents"])

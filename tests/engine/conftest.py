@@ -17,6 +17,7 @@ import openai
 import psutil
 import pytest
 
+from tests.collector import Collector
 from tests.conftest import API_KEY, CHECKOUT, command_line, eventually, free_port, processes_with
 from vllm_unified import state
 from vllm_unified.engines import locks
@@ -196,7 +197,14 @@ class _Watch:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+def collector() -> Iterator[Collector]:
+    """Of the demonstration's traces."""
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Demo]:
     """Its log folder is a small disk of its own where we may mount one, and its clock can be made to step."""
     home = tmp_path_factory.mktemp("demo")
     shutil.copytree(CHECKOUT / "config", home / "config")
@@ -209,7 +217,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     logs.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", logs], capture_output=True)
     demo = Demo(home, *ports_and_environment(home))
-    demo.environ["PYTHONPATH"] = str(home / "clock")
+    demo.environ |= {"PYTHONPATH": str(home / "clock"), "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
     try:
         _start_twice(demo)
         yield demo

@@ -124,6 +124,9 @@ def test_a_crashed_engine_is_restarted_and_leaves_no_orphan(keepers: Keepers) ->
     assert not any(process.is_running() for process in before)
     second = keepers.state("a")
     assert second.engine != first.engine
+    assert (first.down_for, second.hangs) == (None, 0)
+    assert second.down_for is not None
+    assert second.down_for >= 0.7  # the first pause after a failure, and then its start
     assert "killed by SIGKILL" in keepers.log("a")
 
 
@@ -171,6 +174,7 @@ def test_the_next_keeper_ends_what_a_killed_one_left(keepers: Keepers) -> None:
     second = keepers.until("a", Phase.READY)
     assert second.engine != first.engine
     assert second.restarts == 1
+    assert second.down_for is not None
     assert "left behind by a killed keeper" in keepers.log("a")
     assert len(keepers.left_over()) == 3
 
@@ -302,6 +306,7 @@ def test_an_engine_that_hangs_while_idle_is_restarted(keepers: Keepers) -> None:
     assert keepers.state("a").phase is Phase.READY
     eventually(lambda: keepers.state("a").restarts == 1)
     assert keepers.state("a").reason == "hung: its server answers, but 3 looks of 0.5 s saw no progress"
+    assert keepers.state("a").hangs == 1
     assert not psutil.pid_exists(pid)
     assert keepers.until("a", Phase.READY).note is None
 
@@ -348,8 +353,26 @@ def test_real_traffic_replaces_our_own_requests(keepers: Keepers) -> None:
         ask(keepers, "a")
         sent += 1
         time.sleep(0.1)
-    with urllib.request.urlopen(f"http://127.0.0.1:{keepers.entries['a']['port']}/seen") as answer:
-        assert len(json.load(answer)["requests"]) - sent == 1, "the first answer that made it ready"
+    assert len(requests_at(keepers, "a")) - sent == 1, "the first answer that made it ready"
+
+
+def requests_at(keepers: Keepers, key: str) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{keepers.entries[key]['port']}/seen") as answer:
+        seen: list[dict[str, Any]] = json.load(answer)["requests"]
+    return seen
+
+
+def test_its_own_requests_make_no_traces(keepers: Keepers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM begins a trace for each request that brings no word of one."""
+    for endpoint, expected in (("http://127.0.0.1:9", "-00"), ("", "")):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        keepers.configure({"a": {}})
+        process = keepers.start("a")
+        keepers.until("a", Phase.READY)
+        (request,) = requests_at(keepers, "a")
+        assert request["headers"].get("traceparent", "")[-3:] == expected
+        process.terminate()
+        process.wait(20)
 
 
 def test_ready_is_when_a_first_request_is_answered(keepers: Keepers) -> None:

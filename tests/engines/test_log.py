@@ -1,7 +1,10 @@
 import contextlib
+import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +79,49 @@ def test_the_line_that_says_why(tmp_path: Path, text: str, reason: str | None) -
 def test_not_utf8_and_endless_lines_are_taken(tmp_path: Path) -> None:
     program = "import sys; sys.stdout.buffer.write(b'\\xff' * 300_000); print(); print('end')"
     assert reason_of_program(tmp_path, program) == "end"
+
+
+def lines_of(tmp_path: Path, program: str) -> list[dict[str, Any]]:
+    reason_of_program(tmp_path, program)
+    return [json.loads(line) for line in (tmp_path / "a.log").read_text().splitlines()]
+
+
+def test_a_line_of_the_engine(tmp_path: Path) -> None:
+    (line,) = lines_of(tmp_path, "print('(EngineCore pid=7) WARNING 11-21 14:01:21 [a.py:1] \\x1b[31m通义 \\'\"')")
+    assert datetime.fromisoformat(line.pop("time")) - datetime.now(UTC) < timedelta(minutes=1)
+    message = "(EngineCore pid=7) [a.py:1] \x1b[31m通义 '\""
+    assert line == {"level": "warning", "source": "engine", "model": "a", "message": message}
+
+
+def test_each_line_is_a_line(tmp_path: Path) -> None:
+    found = lines_of(tmp_path, "print('a\\n\\n \\nb\\r50 %\\r100 %\\n  c')")
+    assert [line["message"] for line in found] == ["a", "b", "50 %", "100 %", "  c"]
+
+
+def test_what_stands_behind_a_question_mark_is_the_clients(tmp_path: Path) -> None:
+    access = '(APIServer pid=1) INFO:     127.0.0.1:5 - "POST /v1/chat/completions{} HTTP/1.1" 200 OK'
+    (line,) = lines_of(tmp_path, f"print({access.format('?api_key=sk-1&b=c')!r})")
+    assert line["message"] == access.format("").replace(" INFO:    ", "")
+
+
+def test_the_keepers_own_lines(tmp_path: Path) -> None:
+    with contextlib.closing(EngineLog(tmp_path / "a.log")) as log:
+        log.say("stopped")
+        log.say("the keeper failed", "error", exception="Traceback\n  here\nKeyError: 1")
+    stopped, failed = (json.loads(line) for line in (tmp_path / "a.log").read_text().splitlines())
+    assert (stopped["level"], stopped["source"], stopped["model"], stopped["message"]) == (
+        "info",
+        "keeper",
+        "a",
+        "stopped",
+    )
+    assert (failed["level"], failed["exception"]) == ("error", "Traceback\n  here\nKeyError: 1")
+
+
+def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.log").symlink_to("/dev/full")
+    assert reason_of_program(tmp_path, "print('some', 'word'); print('ValueError: a reason')") == "ValueError: a reason"
+    assert capfd.readouterr().err == ""
 
 
 def test_the_file_rotates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,7 +373,7 @@ CASES = [
         "package-missing",
         "run",
         "the model or a setting needs the Python package torchvision, which is not installed; install it "
-        "beside vLLM (`.venv/bin/pip install torchvision`), or remove from engine_args what needs it",
+        "beside vLLM, in the same .venv or image, or remove from engine_args what needs it",
     ),
     Case(
         "worker-out-of-memory",

@@ -25,7 +25,13 @@ class Deployment:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.ports: dict[str, int] = {}
 
-    def start(self, models: dict[str, dict[str, Any]], documents: dict[str, Any] | None = None, **router: Any) -> None:
+    def start(
+        self,
+        models: dict[str, dict[str, Any]],
+        documents: dict[str, Any] | None = None,
+        nginx: dict[str, Any] | None = None,
+        **router: Any,
+    ) -> None:
         """`models`: key → fields of the entry, and under `fake` how its engine behaves.
 
         One with `endpoints` and no `path` has no engine.
@@ -38,7 +44,9 @@ class Deployment:
         for key in self.processes:
             eventually(partial(is_listening, self.ports[key]))
         settings = {"port": self.ports["router"], "health_check_interval": 0.2, **router}
-        self.project.write(entries, router=settings, system={"drain_timeout": 1}, documents=documents or {})
+        self.project.write(
+            entries, router=settings, system={"drain_timeout": 1}, documents=documents or {}, nginx=nginx or {}
+        )
         for key, behaviour in fake.items():
             if behaviour is not None:
                 self.start_engine(key, behaviour)

@@ -8,7 +8,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Project
-from vllm_unified.router.engine_metrics import merged, sd_document
+from vllm_unified.router.engine_metrics import merged, of_engine, router_address, sd_document
+from vllm_unified.router.problems import RequestError
 from vllm_unified.router.registry import Registry
 from vllm_unified.router.replica import Replica
 
@@ -31,7 +32,7 @@ vllm:prompt_tokens_total{engine="0",model_name="MODEL"} 1.234e+06
 vllm:prompt_tokens_created{engine="0",model_name="MODEL"} 1.7952834e+09
 # HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
 # TYPE vllm:cache_config_info gauge
-vllm:cache_config_info{block_size="16",cache_dtype="auto",note="a \"quoted\", model_key=\\ {braces}",engine="0"} 1.0
+vllm:cache_config_info{block_size="16",cache_dtype="auto",note="a \"quoted\", model=\\ {braces}",engine="0"} 1.0
 # HELP vllm:time_to_first_token_seconds Histogram of time to first token in seconds.
 # TYPE vllm:time_to_first_token_seconds histogram
 vllm:time_to_first_token_seconds_bucket{engine="0",le="0.001",model_name="MODEL"} 0.0
@@ -95,7 +96,7 @@ def values(family: Metric, *labels: str) -> dict[tuple[str, ...], float]:
 def test_every_sample_of_every_engine_is_there_under_its_model(registry: Registry) -> None:
     text = text_from(registry, {"chat": (200, text_of("Qwen")), "vectors": (200, text_of("bge"))})
     found = families(text)
-    assert values(found["vllm:num_requests_running"], "model_key", "replica", "model_name", "engine") == {
+    assert values(found["vllm:num_requests_running"], "model", "replica", "model_name", "engine") == {
         ("vllm:num_requests_running", "chat", "chat", "Qwen", "0"): 3,
         ("vllm:num_requests_running", "vectors", "vectors", "bge", "0"): 3,
     }
@@ -115,7 +116,7 @@ def test_types_and_help_stay(registry: Registry) -> None:
     for name, family in families(VLLM).items():
         assert (found[name].type, found[name].documentation) == (family.type, family.documentation)
     assert found["vllm:time_to_first_token_seconds"].type == "histogram"
-    buckets = values(found["vllm:time_to_first_token_seconds"], "model_key", "le")
+    buckets = values(found["vllm:time_to_first_token_seconds"], "model", "le")
     assert buckets["vllm:time_to_first_token_seconds_bucket", "vectors", "0.1"] == 4
 
 
@@ -123,8 +124,8 @@ def test_escaped_labels_stay(registry: Registry) -> None:
     text = text_from(registry, {"chat": (200, text_of(r"C:\\dir \"x\"")), "vectors": (404, b"")})
     found = families(text)
     (info,) = found["vllm:cache_config_info"].samples
-    assert info.labels["note"] == 'a "quoted", model_key=\\ {braces}'
-    assert set(info.labels) == {"model_key", "replica", "block_size", "cache_dtype", "note", "engine"}
+    assert info.labels["note"] == 'a "quoted", model=\\ {braces}'
+    assert set(info.labels) == {"model", "replica", "block_size", "cache_dtype", "note", "engine"}
     (running,) = found["vllm:num_requests_running"].samples
     assert running.labels["model_name"] == r'C:\dir "x"'
 
@@ -141,10 +142,10 @@ def test_escaped_labels_stay(registry: Registry) -> None:
 )
 def test_a_broken_engine_costs_only_its_own_metrics(registry: Registry, broken: Answer) -> None:
     found = families(text_from(registry, {"chat": broken, "vectors": (200, text_of("bge"))}))
-    up = values(found["vllm_unified_engine_scrape_up"], "model_key", "replica")
+    up = values(found["vllm_unified_engine_scrape_up"], "model", "replica")
     name = "vllm_unified_engine_scrape_up"
     assert up == {(name, "chat", "chat"): float(broken == (200, b"\xff\xfe\x00")), (name, "vectors", "vectors"): 1}
-    told = {sample.labels["model_key"] for sample in found["vllm:num_requests_running"].samples}
+    told = {sample.labels["model"] for sample in found["vllm:num_requests_running"].samples}
     assert told == {"vectors"}
 
 
@@ -182,13 +183,13 @@ def test_rubbish_is_left_out(registry: Registry, rubbish: str) -> None:
         ("a{} 1", {}, 1),
         ('a{x="1",} 1e-3 1795283400000', {"x": "1"}, 0.001),
         ('a { x = "1" , y="2" }  +Inf', {"x": "1", "y": "2"}, float("inf")),
-        ('a{model_key="own",replica="b"} 2', {"exported_model_key": "own", "exported_replica": "b"}, 2),
+        ('a{model="own",replica="b"} 2', {"exported_model": "own", "exported_replica": "b"}, 2),
     ],
 )
 def test_unusual_but_valid_lines(registry: Registry, line: str, labels: dict[str, str], value: float) -> None:
     found = families(text_from(registry, {"chat": (200, line.encode()), "vectors": (404, b"")}))
     (sample,) = found["a"].samples
-    assert (sample.labels, sample.value) == ({"model_key": "chat", "replica": "chat", **labels}, value)
+    assert (sample.labels, sample.value) == ({"model": "chat", "replica": "chat", **labels}, value)
 
 
 def test_an_engine_that_is_slow_does_not_hold_the_others(registry: Registry) -> None:
@@ -198,26 +199,68 @@ def test_an_engine_that_is_slow_does_not_hold_the_others(registry: Registry) -> 
         return 200, b"a 1\n"
 
     found = families(asyncio.run(merged(registry, fetch, 0.05)).decode())
-    assert [sample.labels["model_key"] for sample in found["a"].samples] == ["vectors"]
+    assert [sample.labels["model"] for sample in found["a"].samples] == ["vectors"]
 
 
-@pytest.mark.parametrize(("host", "address"), [("127.0.0.1", "127.0.0.1:9002"), ("::1", "[::1]:9002")])
-def test_service_discovery_names_the_engines_of_this_machine_and_the_router(
-    project: Project, registry: Registry, host: str, address: str
-) -> None:
-    registry.apply(project.load({"VLLM_ENGINE_HOST": host}))
-    found = sd_document(registry, "10.0.0.1:8000", documents=False)
-    assert [group["labels"].get("model_key") for group in found] == ["chat", "vectors", None]
-    assert found[1:] == [
-        {
-            "targets": [address],
-            "labels": {"model_key": "vectors", "model": "bge", "type": "embedding", "__metrics_path__": "/metrics"},
-        },
-        {"targets": ["10.0.0.1:8000"], "labels": {"type": "router", "__metrics_path__": "/metrics"}},
+def test_one_engines_own_text(registry: Registry) -> None:
+    async def fetch(replica: Replica, path: str, _seconds: float) -> tuple[int, bytes]:
+        assert (replica.name, path) == ("vectors", "/metrics")
+        return 200, b"\xff as it came"
+
+    assert asyncio.run(of_engine(registry, "vectors", fetch)) == b"\xff as it came"
+
+
+@pytest.mark.parametrize("answer", [(500, b"vllm:a 1"), OSError("refused"), TimeoutError()])
+def test_an_engine_that_does_not_tell_its_metrics(registry: Registry, answer: Answer) -> None:
+    async def fetch(_replica: Replica, _path: str, _seconds: float) -> tuple[int, bytes]:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(of_engine(registry, "chat", fetch))
+    assert (caught.value.status, str(caught.value)) == (503, 'the engine "chat" does not tell its metrics')
+
+
+@pytest.mark.parametrize("key", ["far", "router", "Qwen", "../chat", "", "x" * 1000])
+def test_metrics_of_what_is_no_engine_here(registry: Registry, key: str) -> None:
+    async def fetch(_replica: Replica, _path: str, _seconds: float) -> tuple[int, bytes]:
+        raise AssertionError("nothing is asked")
+
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(of_engine(registry, key, fetch))
+    assert caught.value.status == 404
+    assert len(str(caught.value)) < 200
+
+
+def test_service_discovery_leads_everywhere_through_the_router(registry: Registry) -> None:
+    expected = [
+        {"type": "router", "__metrics_path__": "/metrics"},
+        {"model": "chat", "type": "chat", "__metrics_path__": "/metrics/engines/chat"},
+        {"model": "vectors", "type": "embedding", "__metrics_path__": "/metrics/engines/vectors"},
     ]
-    *others, service = sd_document(registry, "10.0.0.1:8000", documents=True)
-    assert others == found
-    assert service == {
-        "targets": ["10.0.0.1:8000"],
-        "labels": {"type": "documents", "__metrics_path__": "/metrics/documents"},
-    }
+    found = sd_document(registry, "gpu-1:8000", documents=False)
+    assert found == [{"targets": ["gpu-1:8000"], "labels": labels} for labels in expected]
+    with_documents = sd_document(registry, "gpu-1:8000", documents=True)
+    service = {"targets": ["gpu-1:8000"], "labels": {"type": "documents", "__metrics_path__": "/metrics/documents"}}
+    assert [each for each in with_documents if each not in found] == [service]
+
+
+@pytest.mark.parametrize(
+    ("asked", "address"),
+    [
+        ("vllm-unified:8000", "vllm-unified:8000"),
+        ("10.0.0.1:8000", "10.0.0.1:8000"),
+        ("[fe80::1]:8000", "[fe80::1]:8000"),
+        ("router.example", "router.example"),
+        ("", "127.0.0.1:8000"),
+        ("evil/path:1", "127.0.0.1:8000"),
+        ("user@host", "127.0.0.1:8000"),
+        ("host:123456", "127.0.0.1:8000"),
+        ("host:", "127.0.0.1:8000"),
+        ('a"b', "127.0.0.1:8000"),
+        ("h\u00f6st:80", "127.0.0.1:8000"),
+    ],
+)
+def test_the_routers_address_is_the_one_that_was_asked(asked: str, address: str) -> None:
+    assert router_address(asked, "http://127.0.0.1:8000") == address

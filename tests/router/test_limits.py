@@ -22,6 +22,7 @@ def test_total(added: list[tuple[float, int]], now: float, total: int) -> None:
     window = Window()
     for at, n in added:
         window.add(n, at)
+    assert window.peek(now) == total
     assert window.total(now) == total
 
 

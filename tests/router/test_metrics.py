@@ -1,15 +1,19 @@
 """What is counted, read back by Prometheus' own parser."""
 
 import asyncio
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import Project
 from vllm_unified import __version__
+from vllm_unified.router.keys import Key
 from vllm_unified.router.metrics import Metrics
 from vllm_unified.router.record import Owner, Record
 from vllm_unified.router.registry import Registry
+from vllm_unified.settings.keys import KeyEntry, hash_of
+from vllm_unified.state import EngineState, Phase
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -26,8 +30,13 @@ def registry(project: Project) -> Registry:
 
 
 @pytest.fixture
-def metrics(registry: Registry) -> Metrics:
-    return Metrics(registry, lambda: 7)
+def keys() -> list[Key]:
+    return []
+
+
+@pytest.fixture
+def metrics(registry: Registry, keys: list[Key]) -> Metrics:
+    return Metrics(registry, lambda: keys, connections=lambda: 7, dropped=lambda: 3)
 
 
 def record(
@@ -202,8 +211,68 @@ def test_gauges_tell_how_things_stand(metrics: Metrics, registry: Registry) -> N
         ("breaker_state", "gpu-3:8000", "vectors"): 1,
     }
     assert value(metrics, "connections") == 7
+    assert value(metrics, "access_log_dropped_total") == 3
     assert value(metrics, "build_info", version=__version__) == 1
     assert (value(metrics, "process_resident_memory_bytes") or 0) > 1 << 20
+
+
+def test_what_a_request_would_wait_is_what_retry_after_says(metrics: Metrics, registry: Registry) -> None:
+    chat, _ = registry.served
+    chat.replicas[0].error = None
+    assert value(metrics, "estimated_wait_seconds", model="chat") == 0
+    chat.gate.try_enter()
+    chat.gate.mean_seconds, chat.gate.queued = 4.0, 2
+    assert value(metrics, "estimated_wait_seconds", model="chat") == 12  # three that take 4 s, one after the other
+    chat.replicas[0].closed, chat.replicas[0].ready_at = "starting", time.monotonic() + 100
+    assert value(metrics, "estimated_wait_seconds", model="chat") == pytest.approx(100, abs=5)
+    assert value(metrics, "estimated_wait_seconds", model="vectors") == 5  # nobody knows
+
+
+def test_shares_of_limits(metrics: Metrics, keys: list[Key]) -> None:
+    limits = {"requests_per_minute": 4, "tokens_per_minute": 1000, "max_concurrent": 2, "tokens_per_day": 400}
+    month = {"tokens_per_month": 10_000}
+    keys += [Key(KeyEntry(name=name, hash=hash_of(name), **fields)) for name, fields in (("a", limits), ("b", month))]
+    keys.append(Key(KeyEntry(name="free", hash=hash_of("free"))))
+    for key in keys:
+        key.enter(time.monotonic())
+        key.leave(100, time.monotonic())
+        key.enter(time.monotonic())
+    found = {
+        (dict(labels)["key"], dict(labels)["limit"]): share
+        for (name, labels), share in samples(metrics).items()
+        if name == "key_limit_used_ratio"
+    }
+    assert found == {
+        ("a", "requests_per_minute"): 0.5,
+        ("a", "tokens_per_minute"): 0.1,
+        ("a", "max_concurrent"): 0.5,
+        ("a", "tokens_per_day"): 0.25,
+        ("b", "tokens_per_month"): 0.01,
+    }
+
+
+def test_a_share_of_a_day_ends_with_it() -> None:
+    key = Key(KeyEntry(name="a", hash=hash_of("a"), tokens_per_day=100, tokens_per_month=200, tokens_per_minute=100))
+    key.enter(1000.0)
+    key.leave(50, 1000.0)
+    today, now = dict(key.used_ratios(1000.0, time.time())), time.time()
+    assert today == {"tokens_per_minute": 0.5, "tokens_per_day": 0.5, "tokens_per_month": 0.25}
+    later = dict(key.used_ratios(1061.0, now + 40 * 86400))
+    assert later == {"tokens_per_minute": 0, "tokens_per_day": 0, "tokens_per_month": 0}
+    assert dict(key.used_ratios(1000.0, now)) == today  # asking changes nothing
+
+
+def test_engines_as_their_keepers_tell_them(metrics: Metrics, registry: Registry) -> None:
+    said = EngineState("chat", Phase.BACKOFF, since=0.0, restarts=3, hangs=1, ready_after=20.5, down_for=31.0)
+    registry.served[0].replicas[0].engine = said
+    phases = {
+        dict(labels)["phase"]: number for (name, labels), number in samples(metrics).items() if name == "engine_phase"
+    }
+    assert phases == {phase: float(phase == "backoff") for phase in Phase}
+    told = ("restarts_total", "hangs_total", "start_seconds", "downtime_seconds")
+    assert [value(metrics, f"engine_{name}", model="chat") for name in told] == [3, 1, 20.5, 31]
+    registry.served[0].replicas[0].engine = EngineState("chat", Phase.STARTING, since=0.0)
+    assert [value(metrics, f"engine_{name}", model="chat") for name in told] == [0, 0, None, None]
 
 
 def test_a_model_that_is_gone_keeps_its_counters_and_no_gauges(

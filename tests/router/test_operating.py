@@ -171,9 +171,7 @@ def test_metrics_name_whose_errors_they_were(two_models: Deployment) -> None:
         assert client.post("/v1/chat/completions", json={**CHAT, "model": "gone"}).status_code == 404
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
         engines = client.get("/metrics/engines").text
-        assert 'model_key="embedding"' in engines
-        targets = {each["labels"].get("model_key"): each["targets"] for each in client.get("/sd").json()}
-    assert targets["chat"] == [f"127.0.0.1:{two_models.ports['chat']}"]
+        assert 'model="embedding"' in engines
     assert metric(two_models, "requests_total", model="chat", code="2xx") == 1
     assert metric(two_models, "requests_total", model="", code="4xx") == 2
     assert metric(two_models, "errors_total", owner="client") == 2
@@ -192,7 +190,7 @@ def test_the_log_has_a_line_a_request_and_no_secret(two_models: Deployment) -> N
 
     def lines() -> list[dict[str, Any]]:
         found = [line for line in two_models.log.read_text().splitlines() if line.startswith("{")]
-        return [line for line in map(json.loads, found) if line["id"] == "mine-1"]
+        return [line for line in map(json.loads, found) if line.get("id") == "mine-1"]
 
     (line,) = eventually(lines)
     assert abs(datetime.now(UTC) - datetime.fromisoformat(line["time"])) < timedelta(minutes=1)

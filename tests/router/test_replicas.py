@@ -574,25 +574,6 @@ def test_servers_that_do_not_speak_as_they_should(deployment: Deployment) -> Non
 # --- https ---
 
 
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem, and server.pem that it signed for 127.0.0.1; other-ca.pem, which signed nothing."""
-    folder = tmp_path_factory.mktemp("certificates")
-    new = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
-    for name in ("ca", "other-ca"):
-        openssl(folder, *new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
-    openssl(
-        folder, *new, "-subj", "/CN=server", "-addext", "subjectAltName=IP:127.0.0.1", "-addext",
-        "basicConstraints=critical,CA:FALSE", "-CA", "ca.pem", "-CAkey", "ca.key", "-keyout", "server.key", "-out",
-        "server.pem",
-    )  # fmt: skip
-    return folder
-
-
 def test_https_with_an_authority_of_ones_own(deployment: Deployment, certificates: Path) -> None:
     tls = [str(certificates / "server.pem"), str(certificates / "server.key")]
     url, plain = deployment.remote("a", tls=tls), deployment.remote("plain")

@@ -38,8 +38,8 @@ class Answer:
 class Client:
     """One connection. Answers are read strictly: a byte too few raises CutError, one too many is the next answer's."""
 
-    def __init__(self, port: int, seconds: float = 20) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), seconds)
+    def __init__(self, port: int, seconds: float = 20, source: str = "127.0.0.1") -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), seconds, (source, 0))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._rest = b""
 
@@ -68,7 +68,8 @@ class Client:
         first, *lines = head[:-4].decode("latin-1").split("\r\n")
         version, status, _ = first.split(" ", 2)
         assert version == "HTTP/1.1"
-        answer = Answer(int(status), [(name, value) for name, _, value in (line.partition(": ") for line in lines)])
+        fields = (line.partition(": ") for line in lines)
+        answer = Answer(int(status), [(name.lower(), value) for name, _, value in fields])
         if method == "HEAD" or answer.status < 200 or answer.status in (204, 304):
             return answer
         lengths, codings = answer.all("content-length"), answer.all("transfer-encoding")
@@ -156,9 +157,10 @@ class Engine:
     requests: list[tuple[bytes, bytes]] = field(default_factory=list)
     gone: int = 0
     connections: list[socket.socket] = field(default_factory=list)
+    host: str = "127.0.0.1"
 
     def __enter__(self) -> "Engine":
-        self._listening = socket.create_server(("127.0.0.1", self.port), backlog=512)
+        self._listening = socket.create_server((self.host, self.port), backlog=512)
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -187,7 +189,9 @@ class Engine:
                 if head.startswith(b"GET"):
                     connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
                     continue
-                size = int(next(line[16:] for line in head.split(b"\r\n") if line.startswith(b"content-length: ")))
+                size = int(
+                    next(line[16:] for line in head.split(b"\r\n") if line.lower().startswith(b"content-length: "))
+                )
                 while len(rest) < size and b"x-answer-early" not in head:
                     rest += received(connection)
                 body, rest = rest[:size], rest[size:]

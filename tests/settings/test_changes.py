@@ -44,9 +44,11 @@ def test_no_field_is_forgotten() -> None:
     assert LIVE_FIELDS.isdisjoint(RESTART_FIELDS)
     assert set(RouterSettings.model_fields) == {*LIVE_ROUTER_FIELDS, *RESTART_ROUTER_FIELDS}
     assert LIVE_ROUTER_FIELDS.isdisjoint(RESTART_ROUTER_FIELDS)
-    compared = {"models", "disabled", "router", "system", "documents", "environment", "engine_args", "engine_env"}
+    compared = {"models", "disabled", "router", "system", "documents", "nginx", "environment"}
+    compared |= {"engine_args", "engine_env"}
     # Those of a deployment stay, and the keys that the variables hold stand in `models`.
-    assert {field.name for field in fields(Settings)} == {*compared, "home", "file", "endpoint_variables", "in_container"}
+    others = {"home", "file", "endpoint_variables", "in_containers"}
+    assert {field.name for field in fields(Settings)} == {*compared, *others}
 
 
 def test_nothing_has_changed(project: Project) -> None:
@@ -99,7 +101,7 @@ def test_a_field_of_the_router(project: Project, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "field"), [(name, field) for name in ("system", "documents") for field in SECTION_FIELDS[name]]
+    ("section", "field"), [(name, field) for name in ("system", "documents", "nginx") for field in SECTION_FIELDS[name]]
 )
 def test_a_field_that_waits_for_a_restart_of_all(project: Project, section: str, field: str) -> None:
     old = loaded(project, {"chat": CHAT})

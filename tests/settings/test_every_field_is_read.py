@@ -23,6 +23,7 @@ from vllm_unified.settings.schema import (
     EngineDefaults,
     ModelEntry,
     ModelsFile,
+    NginxSettings,
     RouterSettings,
     SystemSettings,
 )
@@ -128,9 +129,10 @@ def test_no_field_is_forgotten() -> None:
     assert set(ROUTER_FIELDS) == set(RouterSettings.model_fields)
     assert set(SYSTEM_FIELDS) == set(SystemSettings.model_fields)
     assert set(DOCUMENTS_FIELDS) == set(DocumentsSettings.model_fields)
+    assert set(NGINX_FIELDS) == set(NginxSettings.model_fields)
     assert set(ENDPOINT_FIELDS) == set(Endpoint.model_fields)
     assert set(VARIABLES) == set(OWN_VARIABLES)
-    assert set(ModelsFile.model_fields) == {"schema_file", "models", "router", "system", "documents"}
+    assert set(ModelsFile.model_fields) == {"schema_file", "models", "router", "system", "documents", "nginx"}
     assert set(EngineDefaults.model_fields) == {*SECTIONS, "env"}
 
 
@@ -166,6 +168,7 @@ ROUTER_FIELDS: dict[str, tuple[Any, Effect]] = {
     "retries": (0, of_router("retries")),
     "cors_origins": (["https://app.example"], of_router("cors_origins")),
     "access_log": (False, of_router("access_log")),
+    "trusted_proxies": (["10.1.0.0/16"], of_router("trusted_proxies")),
 }
 # All of them are seen at work in tests/engines/test_keeper.py.
 SYSTEM_FIELDS: dict[str, tuple[Any, Effect]] = {
@@ -199,6 +202,18 @@ DOCUMENTS_FIELDS: dict[str, tuple[Any, Effect]] = {
 }
 
 
+def of_nginx(field: str) -> Effect:
+    return lambda settings: getattr(settings.nginx, field)
+
+
+# All of them are seen at work in tests/nginx.
+NGINX_FIELDS: dict[str, tuple[Any, Effect]] = {
+    "requests_per_second": (7, of_nginx("requests_per_second")),
+    "burst": (7, of_nginx("burst")),
+    "hsts_max_age": (86400, of_nginx("hsts_max_age")),
+}
+
+
 # All of them are seen at work in tests/router.
 ENDPOINT_FIELDS: dict[str, Any] = {
     "url": "https://gpu-3:8000",
@@ -220,7 +235,12 @@ def test_a_field_of_an_endpoint(project: Project, field: str) -> None:
     assert getattr(project.load().models[0].endpoints[0], field) == value
 
 
-SECTION_FIELDS = {"router": ROUTER_FIELDS, "system": SYSTEM_FIELDS, "documents": DOCUMENTS_FIELDS}
+SECTION_FIELDS = {
+    "router": ROUTER_FIELDS,
+    "system": SYSTEM_FIELDS,
+    "documents": DOCUMENTS_FIELDS,
+    "nginx": NGINX_FIELDS,
+}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +275,13 @@ VARIABLES: dict[str, tuple[str, Effect]] = {
     "CUDA_VISIBLE_DEVICES": ("1", lambda settings: settings.environment.visible_devices),
     "VLLM_UNIFIED_DEVICES": ("/cards.json", lambda settings: settings.devices_file),
     "VLLM_UNIFIED_ENGINE_PROGRAM": ("/opt/vllm serve", command),
+    # Seen at work in tests/router/test_spans.py and tests/documents/test_spans.py.
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://collector:4318", command),
     "COMPOSE_PROFILES": ("nginx", lambda settings: [each.name for each in wanted(settings)]),
+    # Seen at work in tests/nginx.
+    "VLLM_NGINX_HOST": ("0.0.0.0", lambda settings: settings.environment.nginx_host),
+    "VLLM_NGINX_PORT": ("8080", lambda settings: settings.nginx_url),
+    "VLLM_NGINX_TLS_PORT": ("8443", lambda settings: settings.environment.nginx_tls_port),
     "VLLM_MONITORING_HOST": ("0.0.0.0", command_of(PROMETHEUS)),
     "VLLM_PROMETHEUS_PORT": ("9091", command_of(PROMETHEUS)),
     "VLLM_GRAFANA_PORT": ("3001", command_of(GRAFANA)),

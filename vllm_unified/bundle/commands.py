@@ -31,6 +31,8 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 @click.option("--models", help="Keys of the models to carry, with commas (default: all that are enabled).")
 @click.option("--skip-models", is_flag=True, help="Carry no weights.")
 @click.option("--image", help="The image to carry.")
+@click.option("--companion", "companions", multiple=True, help="A further image, under its own name.")
+@click.option("--profiles", default="", help="What the deployment there shall run beside the models, with commas.")
 @click.option("--wheels", type=click.Path(path_type=Path), help="A folder of wheels to carry instead.")
 @click.option("--devices", type=click.Choice(["gpu", "cpu"]), required=True, help="What vLLM in it runs on.")
 @click.option("--split", metavar="SIZE", help="Largest part, as 4G (default: one file).")
@@ -45,6 +47,8 @@ def bundle(
     models: str | None,
     skip_models: bool,
     image: str | None,
+    companions: tuple[str, ...],
+    profiles: str,
     wheels: Path | None,
     devices: str,
     split: str | None,
@@ -72,6 +76,7 @@ def bundle(
         keys = " ".join(model.key for model in lacking)
         raise UserError(f"no weights of {keys}; fetch them first: ./deploy.sh models download {keys}")
     found = inspect(image, f"{re.sub(':[^:/]*$', '', image)}:{version}") if image else None
+    images = [*([found] if found else []), *(inspect(each, each) for each in companions)]
     weights = contents.models(settings, chosen)
     others = contents.program(Path(__file__).resolve().parents[2], native=wheels is not None)
     others += contents.config(settings)
@@ -85,13 +90,15 @@ def bundle(
         "BUNDLE_DEVICES": devices,
         "BUNDLE_MODEL_BYTES": str(sum(source.size for source in weights)),
         "BUNDLE_IMAGE": found.name if found else "",
-        "BUNDLE_IMAGE_BYTES": str(found.size if found else 0),
+        "BUNDLE_COMPANIONS": " ".join(companions),
+        "BUNDLE_IMAGE_BYTES": str(sum(each.size for each in images)),
+        "BUNDLE_PROFILES": profiles,
         "BUNDLE_PACKAGE_BYTES": str(installed_bytes(wheels) if wheels else 0),
         "BUNDLE_PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}" if wheels else "",
     }
     # The last of those with one place: this deployment's configuration is in that of the shipped one.
     sources = list({source.place: source for source in (*others, *weights)}.values())
-    plan = Plan(output.resolve(), version, about, sources, found, earlier, part_bytes, jobs)
+    plan = Plan(output.resolve(), version, about, sources, images, earlier, part_bytes, jobs)
     _report(plan, make(plan, not no_verify, click.echo))
 
 

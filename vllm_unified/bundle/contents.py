@@ -23,6 +23,8 @@ NATIVE = ("pyproject.toml", "vllm_unified", "scripts/make_demo_models.py", "demo
 TOP = {"install.sh", "verify.sh", "uninstall.sh", "README.md", "README.zh.md"}
 # config/keys.yaml, and what is called after it.
 KEYS = "keys.yaml"
+# Of this machine alone: its certificate, and the key of that.
+TLS = "release/config/tls/"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ def files_below(folder: Path, place: str) -> Iterator[Source]:
     """Neither hidden ones, nor keys, nor what Python, an editor or a download leaves. Raises UserError."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if path.is_file() and not any(_is_left_out(part) for part in parts):
-            yield _source("/".join((place, *parts)), path)
+        full = "/".join((place, *parts))
+        if path.is_file() and not full.startswith(TLS) and not any(_is_left_out(part) for part in parts):
+            yield _source(full, path)
 
 
 def _is_left_out(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A Docker image as an OCI layout, each layer compressed on its own.
+"""Docker images as one OCI layout, each layer compressed on its own.
 
 Docker loads the layout as it is, without a further program on the machine, and takes of it what it has not.
 """
@@ -8,7 +8,7 @@ import hashlib
 import json
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -42,7 +42,7 @@ def inspect(image: str, name: str) -> Image:
     asked = ["docker", "image", "inspect", "--format", "{{.Id}} {{.Size}} {{.Architecture}}", image]
     done = subprocess.run(asked, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{image}: {done.stderr.strip().splitlines()[-1]}; ./build.sh makes it")
+        raise UserError(f"{image}: {done.stderr.strip().splitlines()[-1]}; ./build.sh makes ours, docker pull others")
     image_id, size, architecture = done.stdout.split()
     return Image(name, image_id, int(size), architecture)
 
@@ -76,9 +76,21 @@ class Layout:
         self._json: dict[str, bytes] = {}
         self._layers: dict[str, _Blob] = {}
 
-    def save(self, image: Image) -> None:
+    def save(self, images: Sequence[Image]) -> None:
         """Raises UserError where Docker can't, and OSError."""
-        with _saved(image) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK) as tar:
+        described = [self._saved(image) for image in images]
+        index = {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [manifest for manifest, _ in described],
+        }
+        self.archive.add_content("images/index.json", _dumped(index))
+        self.archive.add_content("images/manifest.json", _dumped([old for _, old in described]))
+        self.archive.add_content("images/oci-layout", _dumped({"imageLayoutVersion": "1.0.0"}))
+
+    def _saved(self, image: Image) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its entries in index.json, and in the manifest.json of before OCI."""
+        with _docker_save(image) as stream, tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK) as tar:
             for entry in tar:
                 file = tar.extractfile(entry) if entry.isfile() else None
                 if file is not None:
@@ -86,7 +98,7 @@ class Layout:
         listed = json.loads(self._json.pop("manifest.json", b"null"))
         if not listed:
             raise UserError("docker save: no manifest.json in what it says; the bundle wants Docker 25 or newer")
-        self._describe(image, listed[0])
+        return self._described(image, listed[0])
 
     def _take(self, entry: tarfile.TarInfo, file: IO[bytes]) -> None:
         first = file.read(min(BLOCK, entry.size))
@@ -140,7 +152,7 @@ class Layout:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def _describe(self, image: Image, listed: dict[str, Any]) -> None:
+    def _described(self, image: Image, listed: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if listed["Config"] not in self._json or any(path not in self._layers for path in listed["Layers"]):
             raise UserError("docker save: it does not write an OCI layout; the bundle wants Docker 25 or newer")
         config = self._json[listed["Config"]]
@@ -162,17 +174,12 @@ class Layout:
             **_descriptor(manifest, "application/vnd.oci.image.manifest.v1+json"),
             "annotations": names,
         }
-        index = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [described]}
-        old = [
-            {
-                "Config": f"{BLOBS}{config_blob.digest}",
-                "RepoTags": [image.name],
-                "Layers": [f"{BLOBS}{layer.digest}" for layer in layers],
-            }
-        ]
-        self.archive.add_content("images/index.json", _dumped(index))
-        self.archive.add_content("images/manifest.json", _dumped(old))
-        self.archive.add_content("images/oci-layout", _dumped({"imageLayoutVersion": "1.0.0"}))
+        old = {
+            "Config": f"{BLOBS}{config_blob.digest}",
+            "RepoTags": [image.name],
+            "Layers": [f"{BLOBS}{layer.digest}" for layer in layers],
+        }
+        return described, old
 
     def _add_json(self, content: bytes) -> _Blob:
         digest = hashlib.sha256(content).hexdigest()
@@ -181,7 +188,7 @@ class Layout:
 
 
 @contextlib.contextmanager
-def _saved(image: Image) -> Iterator[IO[bytes]]:
+def _docker_save(image: Image) -> Iterator[IO[bytes]]:
     """What `docker save` writes. Raises UserError where it fails."""
     with subprocess.Popen(
         ["docker", "save", image.id], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0

@@ -41,7 +41,7 @@ class Plan:
     version: str
     about: dict[str, str]
     sources: Sequence[Source]
-    image: Image | None = None
+    images: Sequence[Image] = ()
     since: dict[str, str] = field(default_factory=dict)
     part_bytes: int | None = None
     jobs: int = 1
@@ -53,6 +53,11 @@ class Plan:
     @property
     def bytes(self) -> int:
         return sum(source.size for source in self.sources)
+
+    @property
+    def image_bytes(self) -> int:
+        """Unpacked."""
+        return sum(image.size for image in self.images)
 
     def inputs(self) -> dict[str, object]:
         """What an interrupted run has to have in common with the next one."""
@@ -104,7 +109,7 @@ def make(plan: Plan, verify: bool, say: Callable[[str], None]) -> Made:
 
 
 def _need_room(plan: Plan, place: Path) -> None:
-    packed = LARGEST_SHARE * plan.image.size if plan.image else 0
+    packed = LARGEST_SHARE * plan.image_bytes
     there = [place, *place.parent.glob(f"{place.name}.*")]
     needed = int(plan.bytes + packed) - sum(part.stat().st_size for part in there if part.exists())
     disk = next(folder for folder in (plan.output, *plan.output.parents) if folder.exists())
@@ -120,7 +125,7 @@ def _fill(plan: Plan, archive: Archive, say: Callable[[str], None]) -> dict[str,
     """Path and sum of every file that the bundle has, and those of the earlier one that it builds on."""
     known = {path: sha256 for path, sha256 in plan.since.items() if path.startswith(LARGE)}
     files = [Progress(File(source.place, source.size)) for source in plan.sources]
-    image = Progress(File("image", plan.image.size if plan.image else 0))
+    image = Progress(File("image", plan.image_bytes))
     unchanged: dict[str, str] = {}
 
     def is_there(path: str, sha256: str) -> bool:
@@ -134,10 +139,10 @@ def _fill(plan: Plan, archive: Archive, say: Callable[[str], None]) -> dict[str,
             image.done += size
             tick()
 
-        if plan.image:
+        if plan.images:
             say("Docker gathers the image first; that takes a while")
             image.started = True
-            Layout(archive, plan.jobs, took, is_there).save(plan.image)
+            Layout(archive, plan.jobs, took, is_there).save(plan.images)
             image.done = image.file.size
         for progress, source in zip(files, plan.sources, strict=True):
             if source.place not in archive.members and not _is_unchanged(source, known, is_there):

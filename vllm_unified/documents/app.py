@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,8 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_unified import __version__
+from vllm_unified import __version__, tracing
 from vllm_unified.documents.api import mistral, ocrflux, older, tasks
 from vllm_unified.documents.api.openapi import describe
 from vllm_unified.documents.metrics import CONTENT_TYPE
@@ -57,12 +57,26 @@ def create_app(service: Service) -> FastAPI:
     app.add_api_route("/metrics", metrics, methods=["GET"], include_in_schema=False)
     described = describe(app, service.defaults)
     app.openapi = lambda: described  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    if service.settings.environment.otlp_endpoint is not None:
+        app.add_middleware(_Traced)
     app.add_exception_handler(DocumentError, _answer_document_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(ClientDisconnect, _answer_incomplete)
     app.add_exception_handler(Exception, _answer_exception)
     return app
+
+
+class _Traced:
+    """What a request brings is part of the router's span of it; the router sends one when it traces."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = next((value for name, value in scope.get("headers", ()) if name == tracing.HEADER), b"")
+        tracing.CURRENT.set(tracing.parsed(given))
+        await self._app(scope, receive, send)
 
 
 async def health(request: Request) -> Response:
@@ -95,7 +109,6 @@ async def metrics(request: Request) -> Response:
 
 def serve(settings: Settings) -> None:
     """Until SIGTERM. Raises UserError where it can't listen or its database can't be used."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
     # It would log each address that is asked, with what stands in it.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = uvicorn.Config(

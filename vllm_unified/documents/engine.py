@@ -10,6 +10,7 @@ import httpx
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_unified import tracing
 from vllm_unified.documents.options import Options
 from vllm_unified.documents.profiles import Profile, profile_of
 
@@ -189,6 +190,8 @@ class Engine:
         headers = {b"content-type": b"application/json"}
         if on_behalf_of:
             headers[b"x-on-behalf-of"] = on_behalf_of.encode("utf-8")
+        if (span := tracing.CURRENT.get()) is not None:
+            headers[tracing.HEADER] = span.traceparent
         deadline = time.monotonic() + self._patience
         pause, breaks = FIRST_PAUSE_SECONDS, 0
         while True:
@@ -280,7 +283,7 @@ def _queue(text: str, model: str) -> Queue | None:
     try:
         for family in text_string_to_metric_families(lines):
             for sample in family.samples:
-                if sample.name in counts and model in (sample.labels.get("model_key"), sample.labels.get("model_name")):
+                if sample.name in counts and model in (sample.labels.get("model"), sample.labels.get("model_name")):
                     counts[sample.name] += sample.value
                     found = True
         running, waiting = map(int, counts.values())

@@ -29,6 +29,7 @@ from vllm_unified.documents.joining import Joint
 from vllm_unified.documents.page import Page
 from vllm_unified.documents.problems import DocumentError
 from vllm_unified.documents.store import Document, Outcome, State, Store, StoreError, Upload
+from vllm_unified.tracing import current
 
 LOOK_SECONDS = 0.25  # how often the limit is asked when nothing else happens
 STORE_RETRY_SECONDS = 1.0
@@ -267,7 +268,7 @@ class Jobs:
     """Between `start` and `stop` it works on what the store has. All methods belong to one event loop.
 
     `limit()`: how many pages may be in flight; asked before each start, 0 is a pause. `note(page)`: told of each page
-    when what came of it is stored; `note_end(state)`: of each document that has ended. `clock` is unix time.
+    when what came of it is stored; `ended(document)`: of each that has finished. `clock` is unix time.
     """
 
     def __init__(
@@ -278,7 +279,7 @@ class Jobs:
         *,
         room: Room = Room(),  # noqa: B008 - frozen
         note: Callable[[Page], None] = lambda page: None,
-        note_end: Callable[[State], None] = lambda state: None,
+        ended: Callable[[Document], None] = lambda document: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -287,7 +288,7 @@ class Jobs:
         self._limit = limit
         self._room = room
         self._note = note
-        self._note_end = note_end
+        self._note_end = ended
         self._clock = clock
         self._monotonic = monotonic
         # One thread, so that what was asked first is stored first.
@@ -423,26 +424,24 @@ class Jobs:
     async def _retry_failed(self, document: str, password: str) -> Status:
         async with self._accepting:
             self.check_room((await self._ask(self._store.get, document)).key)
-            queued = await self._ask(self._store.retry_failed, document, password, self._clock())
+            queued = await self._ask(self._store.retry_failed, document, password, self._clock(), current())
             return self._status(self._add(queued))
 
     async def _cancel(self, document: str) -> Status:
         async with self._accepting:  # no retry begins it anew meanwhile
             await self._give_up(document)
             was_unfinished = await self._insist(self._store.cancel, document, self._clock())
-            status = await self._ended(document)
+            status = await self._ended(document, was_unfinished=was_unfinished)
         if not was_unfinished:
             message = f"document {document} is {status.state}; there is nothing to cancel"
             raise DocumentError(409, message, code="document_finished")
-        self._note_end("cancelled")
         return status
 
     async def _delete(self, document: str) -> None:
         async with self._accepting:
             await self._give_up(document)
-            if await self._insist(self._store.cancel, document, self._clock()):
-                self._note_end("cancelled")
-            await self._ended(document)
+            was_unfinished = await self._insist(self._store.cancel, document, self._clock())
+            await self._ended(document, was_unfinished=was_unfinished)
             await self._insist(self._store.delete, document)
 
     async def _give_up(self, document: str) -> None:
@@ -454,11 +453,14 @@ class Jobs:
             turns.remove(active.document.key, document)
         await _end(active.tasks)
 
-    async def _ended(self, document: str) -> Status:
+    async def _ended(self, document: str, *, was_unfinished: bool = True) -> Status:
         """Its end is stored, and nothing was awaited since: a retry that is stored next adds it anew."""
         self._active.pop(document, None)
         self._placed_at = -math.inf
-        status = _status(await self._insist(self._store.get, document))
+        ended = await self._insist(self._store.get, document)
+        if was_unfinished:
+            self._note_end(ended)
+        status = _status(ended)
         self._tell(status)
         return status
 
@@ -692,7 +694,6 @@ class Jobs:
         document = active.document.id
         error = error.encode(errors="replace").decode()  # it may quote what is no UTF-8
         if await self._insist(self._store.finish, document, outcome, self._clock(), size=size, error=error):
-            self._note_end(outcome)
             await self._ended(document)
 
     def _pause(self, error: Exception, key: str) -> bool:

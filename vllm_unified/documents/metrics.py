@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from vllm_unified.documents.jobs import FAULT, Load
 from vllm_unified.documents.page import Page
@@ -15,6 +23,7 @@ from vllm_unified.documents.reading import EMPTY, FAILED, LOOPED, NOISE, REFUSED
 from vllm_unified.documents.store import FINISHED, State, Store
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+disable_created_metrics()  # a series more for each one, which nobody asks for
 # Seconds. A small model on a good card reads a page in half a second; one that is read again and again takes minutes.
 PAGE_BOUNDS = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 

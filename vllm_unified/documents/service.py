@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
@@ -35,6 +35,10 @@ from vllm_unified.documents.store import Document, State, Store, Webhook
 from vllm_unified.documents.store import Upload as Accepted
 from vllm_unified.documents.uploads import Upload
 from vllm_unified.settings import Settings
+from vllm_unified.tracing import CURRENT, current, tracer_of
+
+if TYPE_CHECKING:
+    from vllm_unified.documents.spans import Spans
 
 DAY_SECONDS = 86_400.0
 RETENTION_SECONDS = 60.0
@@ -71,7 +75,7 @@ class Service:
     """One for the process. Between `start` and `stop` it works on what it has."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises UserError when its database can't be used."""
+        """Raises UserError when its database can't be used, or a variable of OpenTelemetry."""
         self.settings = settings
         given = settings.documents
         self.folder = settings.home / "data" / "documents"
@@ -82,13 +86,9 @@ class Service:
         self.renderer = Renderer(max(2, (os.cpu_count() or 2) // 2), max_pages=given.max_pages)
         room = Room(pages=given.max_waiting_pages, pages_per_key=given.max_waiting_pages)
         self.metrics = Metrics(self.store, self.folder)
+        self.spans = _spans(settings)
         self.jobs = Jobs(
-            self.store,
-            self,
-            self.pages_in_flight,
-            room=room,
-            note=self.metrics.note,
-            note_end=self.metrics.note_end,
+            self.store, self, self.pages_in_flight, room=room, note=self.metrics.note, ended=self._note_end
         )
         self.allowed = AddressRule(tuple(given.allowed_networks), tuple(given.allowed_hosts))
         # What holds where a client says nothing.
@@ -117,6 +117,8 @@ class Service:
         await self.renderer.__aexit__(None, None, None)
         await self.engine.aclose()
         self.store.close()
+        if self.spans is not None:
+            await asyncio.to_thread(self.spans.close)
 
     # What the paths ask for
 
@@ -171,6 +173,7 @@ class Service:
                 request_sha256=_digest(upload, options, wishes),
                 webhook_url=wishes.webhook_url,
                 webhook_secret=wishes.webhook_secret,
+                traceparent=current(),
             )
             folder = self.folder_of(accepted.id)
             try:
@@ -262,6 +265,11 @@ class Service:
         return pages_of(document.options, inspected.pages)
 
     async def read(self, document: Document, number: int) -> Page:
+        if self.spans is None:
+            return await self._read(document, number)
+        return await self.spans.page(document, number, self._read)
+
+    async def _read(self, document: Document, number: int) -> Page:
         model = await self.model()
         options, profile = document.options, model.profile(document.options)
         path = self._input(document.id)
@@ -314,6 +322,8 @@ class Service:
 
     async def join(self, document: Document, number: int) -> Sequence[Joint] | None:
         model = await self.model()
+        if self.spans is not None:
+            CURRENT.set(self.spans.of(document))
         first, second = await asyncio.to_thread(self.store.results, document.id, number - 1, 2)
         self._reading += 1
         try:
@@ -495,6 +505,11 @@ class Service:
         """At most."""
         return self.settings.documents.pages_in_flight or self._in_flight.limit
 
+    def _note_end(self, document: Document) -> None:
+        self.metrics.note_end(document.state)
+        if self.spans is not None:
+            self.spans.ended(document)
+
     def _sweep(self) -> None:
         """At the start: uploads that never became a task, and folders of tasks that are gone."""
         known = self.store.ids()
@@ -510,6 +525,16 @@ class Service:
 
     def _input(self, document: str) -> Path:
         return self.folder_of(document) / INPUT
+
+
+def _spans(settings: Settings) -> "Spans | None":
+    """None when tracing is off."""
+    tracer = tracer_of(settings, "documents")
+    if tracer is None:
+        return None
+    from vllm_unified.documents.spans import Spans  # OpenTelemetry, of which nothing is needed without it
+
+    return Spans(tracer)
 
 
 class _GivenUpError(Exception):

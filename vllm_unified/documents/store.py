@@ -50,7 +50,7 @@ STATES: tuple[State, ...] = get_args(State)
 UNFINISHED: tuple[State, ...] = ("queued", "running")
 FINISHED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
-VERSION = 1  # of the tables, in PRAGMA user_version
+VERSION = 2  # of the tables, in PRAGMA user_version
 LOCKED_MS = 5000  # how long a statement waits for another process that has the database locked
 BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 # What was under way as often as this when the service was killed is held to be what killed it.
@@ -83,6 +83,7 @@ DOCUMENTS = Table(
     Column("webhook_secret", Text, nullable=False),
     Column("webhook_attempts", Integer, nullable=False, server_default="0"),
     Column("webhook_at", Float, index=True),
+    Column("traceparent", Text, nullable=False, server_default=""),  # of the request that queued it
 )
 Index(
     "documents_by_idempotency_key",
@@ -117,6 +118,7 @@ class Upload(msgspec.Struct, frozen=True, kw_only=True):
     """A document as it came. `id`: a UUID. `key`: the name of the API key that sent it. `size` in bytes.
 
     `request_sha256` is of everything that the client asked for; it is compared where `idempotency_key` is not "".
+    `traceparent`: of the request that brought it, "" when nothing is traced.
     """
 
     id: str
@@ -129,6 +131,7 @@ class Upload(msgspec.Struct, frozen=True, kw_only=True):
     request_sha256: str = ""
     webhook_url: str = ""
     webhook_secret: str = ""
+    traceparent: str = ""
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +155,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     failed: int
     error: str
     webhook_url: str
+    traceparent: str = ""
 
     @property
     def is_finished(self) -> bool:
@@ -311,7 +315,7 @@ class Store:
         """No more of its pages are read; those that were read stay. False when it was not unfinished."""
         return self._end(document, "cancelled", now, {})
 
-    def retry_failed(self, document: str, password: str, now: float) -> Document:
+    def retry_failed(self, document: str, password: str, now: float, traceparent: str = "") -> Document:
         """Queue it again with those of its pages that were not read; the others are not read again.
 
         `password`: of the file, where it needs one: it was forgotten when the document had finished.
@@ -330,6 +334,7 @@ class Store:
                 .where(_of(document))
                 .values(state="queued", queued_at=now, started_at=None, finished_at=None, updated_at=now)
                 .values(options=_encoded(options), error="", webhook_attempts=0, webhook_at=None)
+                .values(traceparent=traceparent)
             )
             return _existing(connection, document)
 
@@ -522,12 +527,18 @@ class _DamagedError(Exception):
 def _engine(path: Path) -> Engine:
     # Passwords of files stand in it for as long as their job goes on; SQLite gives its other files the same mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    # One connection, behind the store's lock.
-    engine = create_engine("sqlite://", creator=lambda: _connection(path), poolclass=StaticPool, query_cache_size=200)
+    # One connection, behind the store's lock. Its errors are logged, and would have what is stored in them.
+    engine = create_engine(
+        "sqlite://",
+        creator=lambda: _connection(path),
+        poolclass=StaticPool,
+        query_cache_size=200,
+        hide_parameters=True,
+    )
     event.listen(engine, "begin", _begin)
     try:
         with engine.begin() as connection:
-            _check(connection, path)
+            _bring_along(connection, _check(connection, path))
             METADATA.create_all(connection)
             connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
     except BaseException:
@@ -560,13 +571,21 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _check(connection: Connection, path: Path) -> None:
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+def _check(connection: Connection, path: Path) -> int:
+    """Of which version it is; 0 of a new file."""
+    version: int = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
     if version > VERSION:
         raise UserError(f"{path}: made by a newer version of vllm-unified; use that one, or move the file away")
     found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
     if found != "ok":
         raise _DamagedError(found)
+    return version
+
+
+def _bring_along(connection: Connection, version: int) -> None:
+    """What a file of an older version lacks."""
+    if version == 1:
+        connection.exec_driver_sql("ALTER TABLE documents ADD COLUMN traceparent TEXT NOT NULL DEFAULT ''")
 
 
 def _set_aside(path: Path, reason: str) -> None:

@@ -21,7 +21,7 @@ from vllm_unified.settings.schema import KV_CACHE_FLAG, FlagValue
 
 # Fields that are written to the command line as they stand, where they are set.
 FIELD_FLAGS = ("max_model_len", "tensor_parallel_size", "pipeline_parallel_size", "dtype")
-SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|OTLP_HEADERS|OTLP_TRACES_HEADERS")
 FIRST_INTERNAL_PORT = 20_000
 INTERNAL_PORTS = 100
 
@@ -58,6 +58,7 @@ def _secret(name: str, home: Path) -> str:
 
 def engine_command(settings: Settings, placed: Placed) -> Command:
     model = placed.model
+    given = {**settings.engine_args, **_cache_flag(model), **model.engine_args}
     argv = [
         *engine_program(settings),
         *("--model", str(settings.folder(model))),
@@ -67,7 +68,7 @@ def engine_command(settings: Settings, placed: Placed) -> Command:
         *("--runner", "pooling" if model.type in ("embedding", "rerank") else "generate"),
         *("--shutdown-timeout", str(round(settings.system.drain_timeout))),
         *flags.arguments(_field_flags(placed)),
-        *flags.arguments({**settings.engine_args, **_cache_flag(model), **model.engine_args}),
+        *flags.arguments({**_tracing_flag(settings, given), **given}),
     ]
     return Command(tuple(argv), _environment(settings, placed), settings.own_variables)
 
@@ -102,6 +103,12 @@ def _cache_flag(model: Model) -> dict[str, FlagValue]:
     return {} if model.kv_cache_memory_gib is None else {KV_CACHE_FLAG: int(model.kv_cache_memory_gib * GIB)}
 
 
+def _tracing_flag(settings: Settings, given: Mapping[str, FlagValue]) -> dict[str, FlagValue]:
+    """vLLM makes its spans of its statistics, and every request fails where those are off."""
+    url = settings.environment.otlp_traces_url
+    return {} if url is None or given.get("disable-log-stats") else {"otlp-traces-endpoint": url}
+
+
 def _environment(settings: Settings, placed: Placed) -> dict[str, str]:
     model = placed.model
     return {
@@ -119,8 +126,16 @@ def _environment(settings: Settings, placed: Placed) -> dict[str, str]:
         **_device_environment(settings, placed),
         **_secrets(settings),
         **settings.engine_env,
+        **_tracing_environment(settings, model),
         **model.env,
     }
+
+
+def _tracing_environment(settings: Settings, model: Model) -> dict[str, str]:
+    if settings.environment.otlp_endpoint is None:
+        return {}
+    # vLLM's own default is grpc.
+    return {"OTEL_SERVICE_NAME": f"vllm-unified-{model.key}", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
 
 
 def _device_environment(settings: Settings, placed: Placed) -> dict[str, str]:

@@ -29,6 +29,7 @@ from vllm_unified.engines.log import EngineLog
 from vllm_unified.engines.orders import Orders
 from vllm_unified.engines.progress import Counters
 from vllm_unified.errors import UserError
+from vllm_unified.logs.lines import end, write_json
 from vllm_unified.state import EngineState, Phase, Process
 
 POLL_SECONDS = 0.3
@@ -89,7 +90,7 @@ class Keeper:
                     reason = self._attempt_whatever_happens()
                     self.failures_in_a_row += 1
                     self.state = replace(self.state, reason=reason, note=None, restarts=self.state.restarts + 1)
-                    self.log.say(f"not running: {reason}")
+                    self.log.say(f"not running: {reason}", "error")
                     self._back_off()
             except _StopRequested:
                 self._leave()
@@ -100,7 +101,7 @@ class Keeper:
         except _StopRequested:
             raise
         except Exception as error:  # a keeper that ends would leave its model without one
-            self.log.say(traceback.format_exc())
+            self.log.say("the keeper failed", "error", exception=traceback.format_exc())
             reason = f"the keeper failed: {type(error).__name__}: {error}"
         self._end_engine()
         return reason
@@ -262,7 +263,7 @@ class Keeper:
                 continue
             misses += 1
             self._note(f"no progress, {misses} of {check.misses} looks in a row")
-            self.log.say(str(self.state.note))
+            self.log.say(str(self.state.note), "warning")
             if misses >= check.misses and not self._has_exited():
                 self.state = replace(self.state, hangs=self.state.hangs + 1)
                 return f"hung: its server answers, but {misses} looks of {check.timeout:g} s saw no progress"
@@ -275,7 +276,9 @@ class Keeper:
         except OSError:
             return True
         if found is None:
-            self.log.say("the server has no counters (disable-log-stats?): a hang of it would not be noticed")
+            self.log.say(
+                "the server has no counters (disable-log-stats?): a hang of it would not be noticed", "warning"
+            )
         return found is not None
 
     def _made_progress(self, before: Counters | None) -> bool:
@@ -310,7 +313,8 @@ class Keeper:
 
     def _smallest_request(self, timeout: float) -> str | None:
         orders = self.orders
-        return progress.smallest_request(orders.url, orders.kind, orders.name, orders.api_key, timeout)
+        traces = "--otlp-traces-endpoint" in orders.argv
+        return progress.smallest_request(orders.url, orders.kind, orders.name, orders.api_key, timeout, traces=traces)
 
     def _off_thread(self, work: Callable[[], Result]) -> Result:
         """What `work` returns or raises; meanwhile we hear when we are told to stop."""
@@ -363,7 +367,7 @@ class Keeper:
 
     def _tell_stuck(self, pids: Sequence[int]) -> None:
         self._note(f"process {', '.join(map(str, pids))} can't be ended: it is inside the kernel, mostly in a driver")
-        self.log.say(str(self.state.note))
+        self.log.say(str(self.state.note), "error")
 
     def _wait_for_memory_back(self) -> None:
         """A driver gives back what a killed process held some time after the process: wait until that settles."""
@@ -397,7 +401,7 @@ class Keeper:
         if before.phase is Phase.READY:
             self.down_since = self.born
         if before.engine and processes.end_left_over(before.engine, self.mark):
-            self.log.say(f"ended process group {before.engine.pid}, left behind by a killed keeper")
+            self.log.say(f"ended process group {before.engine.pid}, left behind by a killed keeper", "warning")
         if before.scratch and Path(before.scratch).name.startswith(f"vllm-unified-{self.orders.key}-"):
             shutil.rmtree(before.scratch, ignore_errors=True)
 
@@ -464,7 +468,7 @@ class Keeper:
         try:
             self.state.write(self.run_folder)
         except OSError as error:  # a disk that is full must not end an engine that works
-            self.log.say(f"cannot write the state: {error.strerror or error}")
+            self.log.say(f"cannot write the state: {error.strerror or error}", "error")
 
 
 def _in_background(work: Callable[[], Result]) -> "Future[Result]":
@@ -511,12 +515,13 @@ def port_taken(host: str, port: int) -> str | None:
 
 
 def main() -> None:
+    write_json("keeper", sys.argv[1])
     with open(int(sys.argv[2]), encoding="utf-8") as file:
         orders = Orders.from_json(file.read())
     try:
         Keeper(orders).run()
     except UserError as error:
-        sys.exit(str(error))
+        end(str(error))
 
 
 if __name__ == "__main__":

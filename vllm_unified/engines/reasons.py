@@ -444,7 +444,7 @@ ROWS = (
         "package-missing",
         r"^ModuleNotFoundError: No module named '(?P<package>[^'.]+)",
         "the model or a setting needs the Python package {package}, which is not installed",
-        "install it beside vLLM (`.venv/bin/pip install {package}`), or remove from engine_args what needs it",
+        "install it beside vLLM, in the same .venv or image, or remove from engine_args what needs it",
     ),
     # How it ended
     Row(

@@ -1,7 +1,6 @@
 """What an operator asks of the running router: with an admin key, from this machine alone."""
 
 import asyncio
-import ipaddress
 import logging
 from typing import Any, Literal, Protocol
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel
 
 from vllm_unified.errors import UserError
 from vllm_unified.router.problems import RequestError
+from vllm_unified.router.proxies import is_loopback
 from vllm_unified.router.registry import Registry, Served
 from vllm_unified.settings import Settings
 from vllm_unified.settings.changes import changes
@@ -81,18 +81,9 @@ def require_operator(request: Request) -> None:
     """Raises RequestError 403 for any but an admin on this machine."""
     require_admin(request)
     peer = request.client.host if request.client else ""
-    if not _is_loopback(peer) or any(name in request.headers for name in FORWARDED):
+    if not is_loopback(peer) or any(name in request.headers for name in FORWARDED):
         message = f"{request.url.path} is for this machine alone; call it from there, not through a proxy"
         raise RequestError(403, message, code="permission_denied")
-
-
-def _is_loopback(peer: str) -> bool:
-    try:
-        address = ipaddress.ip_address(peer)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 async def _reload(router: Operated, operations: Operations, restarted: list[str]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _add_information(app: FastAPI, router: Router) -> None:
 def _add_metrics(app: FastAPI, router: Router) -> None:
     """For Prometheus' key and admin keys: they tell the names of all models and keys."""
 
-    def require_reader(request: Request) -> None:
+    async def require_reader(request: Request) -> None:
         if request.state.key is not router.keys.scraper:
             require_admin(request)
 

@@ -4,13 +4,13 @@ Neither an upload nor a download is ever here as a whole: who takes slower holds
 """
 
 import asyncio
-import ipaddress
 import logging
 import time
 
 from vllm_unified.router.forward import NOT_ANSWERED, NOT_FORWARDED, Forwarding, named_by_connection
 from vllm_unified.router.keys import Key
 from vllm_unified.router.problems import RequestError, failure
+from vllm_unified.router.proxies import is_loopback
 from vllm_unified.router.record import Owner, Record
 from vllm_unified.router.registry import RETRY_AFTER_SECONDS
 from vllm_unified.router.replica import CONNECT_SECONDS, Replica
@@ -70,14 +70,7 @@ def pattern_of(path: bytes) -> str | None:
 
 def is_from_here(request: Request) -> bool:
     """Whether it comes from this machine itself, and not through a proxy that runs on it."""
-    if not OF_A_PROXY.isdisjoint(request.fields):
-        return False
-    try:
-        address = ipaddress.ip_address(request.peer)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
+    return OF_A_PROXY.isdisjoint(request.fields) and is_loopback(request.peer)
 
 
 class Documents:
@@ -149,6 +142,8 @@ class DocumentExchange:
             request.key.name if request.key else "",
             pattern_of(request.path) or "",
         )
+        spans = documents.forwarding.spans
+        self._span = None if spans is None else spans.begin(request)
 
     def start(self) -> None:
         """What is handed in counts as a request of its key; to look after it does not."""
@@ -213,6 +208,9 @@ class DocumentExchange:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif b"content-length" in request.fields:
             lines.append(b"content-length: %d\r\n" % request.length)
+        if self._span is not None:
+            dropped = dropped | self._span.replaced
+            lines.append(self._span.line)
         lines += [b"%b: %b\r\n" % (name, value) for name, value in request.headers if name not in dropped]
         return b"".join((*lines, b"\r\n"))
 
@@ -347,6 +345,8 @@ class DocumentExchange:
             task.cancel()
         self._record.duration_us = self._microseconds()
         self._documents.forwarding.note(self._record)
+        if self._span is not None:
+            self._span.end(self._record)
 
     def _microseconds(self) -> int:
         return int((time.monotonic() - self._request.started) * 1e6)

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,6 +26,9 @@ from vllm_unified.router.routes import Route
 from vllm_unified.router.server import ClientConnection, Headers, Request
 from vllm_unified.router.tokens import AnswerTokens, StreamTokens
 from vllm_unified.router.upstream import UpstreamConnection
+
+if TYPE_CHECKING:
+    from vllm_unified.router.spans import RequestSpan, Spans
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ NOT_ANSWERED = HOP_BY_HOP | frozenset(
 
 
 class Forwarding:
-    """What all exchanges share. `notes` are told of every one that is over."""
+    """What all exchanges share. `notes` are told of every one that is over. `spans`: None when tracing is off."""
 
     def __init__(self, registry: Registry, run: Path, retries: int, max_body_bytes: int) -> None:
         self.registry = registry
@@ -66,6 +69,7 @@ class Forwarding:
         self.max_body_bytes = max_body_bytes
         self.exchanges: set[Exchange] = set()
         self.notes: list[Callable[[Record], None]] = []
+        self.spans: Spans | None = None
         self._unnoted: list[Record] = []
         self._millisecond = 0
         self._time = ""  # of that millisecond
@@ -118,6 +122,7 @@ class Exchange:
     _hide_usage = False
     _forwarded = b""  # headers, as they go to the server
     _adapted: shapes.Answer | None = None
+    _span: "RequestSpan | None" = None
     _entered = False  # the key
     _gated = False
     _replica: Replica | None = None
@@ -152,6 +157,8 @@ class Exchange:
             route.path,
             bytes_in=len(request.body),
         )
+        if forwarding.spans is not None:
+            self._span = forwarding.spans.begin(request)
 
     # --- towards the server ---
 
@@ -313,6 +320,9 @@ class Exchange:
         if self._body is not self.request.body:
             dropped = dropped | {b"content-encoding"}
         lines = [b"x-request-id: ", self.request_id, b"\r\n"]
+        if self._span is not None:
+            dropped = dropped | self._span.replaced
+            lines.append(self._span.line)
         for name, value in headers:
             if name not in dropped:
                 lines += (name, b": ", value, b"\r\n")
@@ -347,6 +357,8 @@ class Exchange:
             replica.breaker.forget()
         self._tried = self._tried | {replica}
         self._last_error = error
+        if self._span is not None:
+            self._span.failed_try(self._microseconds(now), replica.name, error.code)
         if not self._may_retry:
             self._refuse(error)
         elif self._served is not None and self._served.has_untried(now, self._tried):
@@ -677,6 +689,8 @@ class Exchange:
         if self._entered:
             self._key.leave(record.prompt_tokens + record.completion_tokens, now)
         self._forwarding.note(record)
+        if self._span is not None:
+            self._span.end(record)
 
 
 def _learn(replica: Replica, status: int, now: float) -> None:

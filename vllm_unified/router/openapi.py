@@ -107,6 +107,7 @@ OF_OWN: dict[str, tuple[int, ...]] = {
     "/system/info": (403,),
     "/metrics": (403,),
     "/metrics/engines": (403,),
+    "/metrics/engines/{key}": (403, 404, 503),
     "/metrics/documents": (403, 503),
     "/sd": (403,),
     "/usage": (400, 403),

@@ -37,3 +37,6 @@ class Record(msgspec.Struct, gc=False):
     completion_tokens: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    # What every line of a log has: vllm_unified.logs.
+    level: str = "info"
+    source: str = "router"

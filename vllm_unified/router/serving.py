@@ -26,6 +26,7 @@ from vllm_unified.router.keys import KeyRing
 from vllm_unified.router.machine import Machine
 from vllm_unified.router.metrics import Metrics
 from vllm_unified.router.problems import RequestError
+from vllm_unified.router.proxies import FORWARDED_FOR, TrustedProxies
 from vllm_unified.router.record import Record
 from vllm_unified.router.registry import Registry
 from vllm_unified.router.regularly import regularly
@@ -34,6 +35,7 @@ from vllm_unified.router.routes import BY_PATH
 from vllm_unified.router.server import ClientConnection, Request, Server, Upload, Work
 from vllm_unified.router.usage import Usage
 from vllm_unified.settings import Settings
+from vllm_unified.tracing import tracer_of
 
 HEALTH_PATHS = frozenset({"/live", "/ready", "/health"})
 # The documentation is read by browsers, which have no key; it shows nothing of this deployment but model names.
@@ -61,6 +63,7 @@ class Router:
         self.max_upload_bytes = (settings.documents.max_upload_mib + documents.FORM_MIB) << 20
         self.documents = Documents(self.forwarding, settings.documents_url, settings.require_api_key())
         self.app: ASGIApp | None = None
+        self.proxies = TrustedProxies(settings.router.trusted_proxies)
         self.server = Server(self)
         self.access_log = AccessLog(sys.stdout.buffer)
         self.metrics = Metrics(
@@ -79,6 +82,7 @@ class Router:
         self.registry.apply(settings)
         self.max_body_bytes = self.forwarding.max_body_bytes = settings.router.max_body_mib << 20
         self.forwarding.retries = settings.router.retries
+        self.proxies = TrustedProxies(settings.router.trusted_proxies)
         self._take_notes()
 
     def _take_notes(self) -> None:
@@ -92,6 +96,8 @@ class Router:
     # --- a request, from its head on ---
 
     def admit(self, request: Request) -> None:
+        if FORWARDED_FOR in request.fields:
+            request.peer = self.proxies.client_of(request.peer, request.fields[FORWARDED_FOR])
         path = request.path
         if path in OPEN_PATHS or _is_preflight(request):
             return
@@ -151,6 +157,9 @@ class Router:
         record.status, record.error = error.status, error.owner
         record.duration_us = int((time.monotonic() - request.started) * 1e6)
         self.forwarding.note(record)
+        spans = self.forwarding.spans
+        if spans is not None and record.path:
+            spans.begin(request).end(record)
 
     def cors_headers(self, request: Request) -> bytes:
         """What lets a web page of an allowed origin read the answer."""
@@ -187,6 +196,11 @@ class Router:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """What goes on beside the requests."""
+        tracer = tracer_of(self.settings, "router")
+        if tracer is not None:
+            from vllm_unified.router.spans import Spans  # OpenTelemetry, of which nothing is needed without it
+
+            self.forwarding.spans = Spans(tracer)
         tasks = [
             asyncio.create_task(work)
             for work in (
@@ -209,6 +223,8 @@ class Router:
             self.forwarding.settle()
             self.usage.close()
             self.access_log.close()
+            if tracer is not None:
+                tracer.close()
 
     async def serve(self) -> None:
         """Until SIGTERM or SIGINT; then what is being answered ends within `system.drain_timeout`."""
@@ -230,7 +246,6 @@ def run(router: Router) -> None:
     """Raises UserError when it cannot listen."""
     import uvloop
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s: %(message)s")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:  # each request in flight holds two files
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -30,7 +30,9 @@ LIVE_FIELDS = frozenset(
 )
 RESTART_FIELDS = frozenset({"name", "type", *ENGINE_FIELDS})
 # Of the router; the other two are of its socket and of the keepers.
-LIVE_ROUTER_FIELDS = frozenset({"health_check_interval", "max_body_mib", "retries", "cors_origins", "access_log"})
+LIVE_ROUTER_FIELDS = frozenset(
+    {"health_check_interval", "max_body_mib", "retries", "cors_origins", "access_log", "trusted_proxies"}
+)
 RESTART_ROUTER_FIELDS = frozenset({"port", "startup_timeout"})
 RESTART_ALL = "./deploy.sh restart"
 # They may hold keys and tokens: only that they differ is said.
@@ -140,6 +142,7 @@ def _of_all(old: Settings, new: Settings) -> Iterator[str]:
     yield from _differences("router.", *(_fixed(each.router) for each in (old, new)))
     yield from _differences("system.", dict(old.system), dict(new.system))
     yield from _differences("documents.", dict(old.documents), dict(new.documents))
+    yield from _differences("nginx.", dict(old.nginx), dict(new.nginx))
     yield from _differences("", *(_variables(each.environment) for each in (old, new)))
     yield from _differences("config/vllm_config.yaml: ", old.engine_args, new.engine_args)
     was, now = old.engine_env, new.engine_env

@@ -86,6 +86,11 @@ class Environment(BaseModel):
         alias="VLLM_UNIFIED_ENGINE_PROGRAM",
         description="command that serves a model in place of the vLLM beside us, as /opt/vllm/bin/vllm serve",
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="where traces are sent, as http://collector:4318; off without it",
+    )
 
     profiles: Annotated[tuple[Profile, ...], BeforeValidator(_split)] = Field(
         default=(),
@@ -138,16 +143,27 @@ class Environment(BaseModel):
     def is_offline(self) -> bool:
         return self.offline or self.hf_hub_offline
 
+    @property
+    def otlp_traces_url(self) -> str | None:
+        """By OTLP over HTTP with Protobuf; None: tracing is off."""
+        return None if self.otlp_endpoint is None else f"{self.otlp_endpoint}/v1/traces"
+
     @field_validator("hf_endpoint", "modelscope_endpoint")
     @classmethod
     def _hub(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # no port, no IPv6 address
-            usable = False
-        if not usable or parts.username is not None or parts.query or parts.fragment:  # a password is not shown
+        if not _is_base_address(value):
             raise ValueError("no address of a hub; use https://HOST, with the token in a variable of its own")
+        return value.rstrip("/")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not _is_base_address(value):
+            raise ValueError(
+                "no address of a collector; use http://HOST:4318, with a key in OTEL_EXPORTER_OTLP_HEADERS"
+            )
         return value.rstrip("/")
 
     @field_validator("api_key", "internal_api_token", "hf_token", "modelscope_token")
@@ -182,6 +198,16 @@ class Environment(BaseModel):
         if value is not None and not re.fullmatch(r"[\w-]+(,\s*[\w-]+)*", value):
             raise ValueError("name GPUs as 0,1, by their UUIDs or MIG names, with commas between them")
         return value
+
+
+def _is_base_address(value: str) -> bool:
+    """Of a server, to which paths are added; it is shown, so it holds no password."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no port, no IPv6 address
+        return False
+    return bool(usable) and parts.username is None and not parts.query and not parts.fragment
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ OWNED = {
     "ssl-keyfile": "a proxy in front of the router",
     "ssl-certfile": "a proxy in front of the router",
 }
+# They write prompts and answers into the log, some of them only where its level is DEBUG.
+TELLING = ("enable-log-requests", "enable-log-outputs", "enable-log-deltas")
 
 
 @functools.cache
@@ -70,6 +72,8 @@ def _wrong_with(flag: str, written: str, value: Any) -> list[str]:
         return [f'vLLM\'s server has no flag "{written}"{hint}']
     if value is None or stem != flag:
         return []
+    if stem in TELLING and value is True:
+        return [f'"{written}" writes what users ask into the log; router.access_log tells of each request without it']
     kind = known()[flag]
     if kind in ("boolean", "switch") and not isinstance(value, bool):
         return [f'"{written}" is a switch: true or false, not {json.dumps(value)}']

@@ -41,6 +41,7 @@ from vllm_unified.settings.schema import (
     Model,
     ModelEntry,
     ModelsFile,
+    NginxSettings,
     RouterSettings,
     SystemSettings,
     Topology,
@@ -57,8 +58,8 @@ class Settings:
 
     `models`: all that the router serves. `disabled`: the entries that are neither started nor served; what only
     counts for those that are (ports, names, keys of endpoints) is not checked. `endpoint_variables`: the names of
-    the variables that hold keys of endpoints. `in_container`: nginx, Prometheus and Grafana have containers of their own,
-    in place of programs of our supervisord.
+    the variables that hold keys of endpoints. `in_containers`: nginx, Prometheus and Grafana have containers of their
+    own, in place of programs of our supervisord.
     """
 
     home: Path
@@ -68,11 +69,12 @@ class Settings:
     router: RouterSettings
     system: SystemSettings
     documents: DocumentsSettings
+    nginx: NginxSettings
     environment: Environment
     engine_args: Mapping[str, FlagValue]
     engine_env: Mapping[str, str]
     endpoint_variables: frozenset[str]
-    in_container: bool
+    in_containers: bool
 
     @property
     def engines(self) -> tuple[Model, ...]:
@@ -129,7 +131,7 @@ class Settings:
     @property
     def router_address(self) -> str:
         """HOST:PORT, as nginx and Prometheus reach the router."""
-        if self.in_container:
+        if self.in_containers:
             return f"{SERVICE}:{self.router.port}"
         return self.router_url.removeprefix("http://")
 
@@ -195,11 +197,12 @@ def load(file: Path, home: Path, environ: Mapping[str, str]) -> Settings:
         router=resolved.router(),
         system=models_file.system,
         documents=_documents(models_file.documents, environment),
+        nginx=models_file.nginx,
         environment=environment,
         engine_args=_without_fields(defaults.engine_args),
         engine_env={**_passed_on(variables, models_file, endpoint_variables), **defaults.env},
         endpoint_variables=endpoint_variables,
-        in_container=environ.get(RUNTIME_VARIABLE) == "docker",
+        in_containers=environ.get(RUNTIME_VARIABLE) == "docker",
     )
     _check_together(settings, shown, problems)
     if problems:

@@ -287,6 +287,16 @@ class Model(ModelEntry):
         return (self.name, *self.served_model_names)
 
 
+def _network(value: str) -> str:
+    try:
+        return str(ipaddress.ip_network(value))
+    except ValueError:
+        raise ValueError(f'"{value}" is no network; use ADDRESS or ADDRESS/BITS, as 10.1.0.0/16') from None
+
+
+Network = Annotated[str, AfterValidator(_network)]
+
+
 class RouterSettings(_Strict):
     """`router` in models.json."""
 
@@ -301,6 +311,10 @@ class RouterSettings(_Strict):
         default=[], description="web pages that may call it from a browser, as https://app.example; * is any"
     )
     access_log: bool = Field(default=True, description="one line of JSON a request, in run/logs/router.log")
+    trusted_proxies: list[Network] = Field(
+        default=["127.0.0.0/8", "::1/128"],
+        description="networks of proxies that are believed when they say in X-Forwarded-For who the client is",
+    )
 
 
 class SystemSettings(_Strict):
@@ -326,13 +340,6 @@ class SystemSettings(_Strict):
     )
 
 
-def _network(value: str) -> str:
-    try:
-        return str(ipaddress.ip_network(value))
-    except ValueError:
-        raise ValueError(f'"{value}" is no network; use ADDRESS or ADDRESS/BITS, as 10.1.0.0/16') from None
-
-
 class DocumentsSettings(_Strict):
     """`documents` in models.json: the service that reads images and PDFs with the first model of the type ocr."""
 
@@ -350,11 +357,25 @@ class DocumentsSettings(_Strict):
     join_pages: bool = Field(default=True, description="put paragraphs and tables together that a page break parts")
     keep_days: float = Field(default=7.0, gt=0, le=3650, description="days that a finished document is kept")
     keep_gib: float = Field(default=20.0, gt=0, description="GiB of finished documents; beyond it the oldest go")
-    allowed_networks: list[Annotated[str, AfterValidator(_network)]] = Field(
+    allowed_networks: list[Network] = Field(
         default=[], description="private networks that documents may be fetched from and webhooks sent to"
     )
     allowed_hosts: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,252}$")]] = Field(
         default=[], description="hosts of private addresses for which the same holds"
+    )
+
+
+class NginxSettings(_Strict):
+    """`nginx` in models.json: the profile of that name."""
+
+    requests_per_second: int = Field(
+        default=100, ge=0, le=1_000_000, description="of one address, before keys are looked at; 0 is no limit"
+    )
+    burst: int = Field(default=200, ge=0, le=1_000_000, description="requests of one address beyond that, at once")
+    hsts_max_age: int = Field(
+        default=0,
+        ge=0,
+        description="seconds that a browser insists on TLS after its last visit (HSTS); 0 is not at all",
     )
 
 
@@ -368,6 +389,7 @@ class ModelsFile(_Strict):
     router: RouterSettings = RouterSettings()
     system: SystemSettings = SystemSettings()
     documents: DocumentsSettings = DocumentsSettings()
+    nginx: NginxSettings = NginxSettings()
 
     @field_validator("models")
     @classmethod

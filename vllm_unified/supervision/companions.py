@@ -36,7 +36,6 @@ class Companion:
         path = os.pathsep.join((os.environ.get("PATH", os.defpath), *SERVER_FOLDERS))
         return next((found for name in self.binaries if (found := shutil.which(name, path=path))), None)
 
-
     def listens_on(self, settings: Settings) -> list[tuple[str, int, str]]:
         """Host, port and field of the port."""
         environment = settings.environment
@@ -45,7 +44,8 @@ class Companion:
 
 
 def nginx_command(settings: Settings, binary: str) -> list[str]:
-    return [binary, "-c", str(settings.rendered / "nginx" / "nginx.conf"), "-g", "daemon off;"]
+    conf = settings.rendered / "nginx" / "nginx.conf"
+    return [binary, "-e", "stderr", "-c", str(conf), "-g", "daemon off;"]
 
 
 def prometheus_command(settings: Settings, binary: str) -> list[str]:
@@ -143,6 +143,7 @@ GRAFANA = Companion(
     priority=300,
 )
 COMPANIONS = (NGINX, PROMETHEUS, GRAFANA)
+BY_NAME = {each.name: each for each in COMPANIONS}
 
 
 def wanted(settings: Settings) -> list[Companion]:
@@ -151,6 +152,6 @@ def wanted(settings: Settings) -> list[Companion]:
 
 def supervised(settings: Settings) -> dict[Companion, str]:
     """Those that supervisord runs, and the paths of their binaries; what is not installed is left out."""
-    if settings.in_container:
+    if settings.in_containers:
         return {}
     return {each: binary for each in wanted(settings) if (binary := each.binary())}

@@ -1,4 +1,4 @@
-"""run/rendered/prometheus/, as text: monitoring/prometheus.yml with this deployment's address and key, and its rules."""
+"""run/rendered/prometheus/, as text: monitoring/prometheus.yml with our address and key, and the rules."""
 
 from pathlib import Path
 from typing import Any

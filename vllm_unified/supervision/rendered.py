@@ -1,11 +1,13 @@
-"""run/rendered: what nginx, Prometheus and Grafana read. In Docker that is a volume, which their containers have too."""
+"""run/rendered: what nginx, Prometheus and Grafana read. In Docker it is a volume, which their containers have too."""
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
+from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
-from vllm_unified.supervision.companions import wanted
+from vllm_unified.settings.environment import Profile
 from vllm_unified.supervision.nginx import nginx_files
 from vllm_unified.supervision.prometheus import prometheus_files
 
@@ -15,8 +17,7 @@ SECRETS = (Path("prometheus/key"), Path("grafana/password"))
 
 
 def write_rendered(settings: Settings) -> None:
-    """Anew: what is there and no longer wanted goes. In Docker for all, as a container may be asked for by
-    `docker compose --profile` alone."""
+    """Anew: what is there and no longer wanted goes. Raises UserError where a profile that is wanted can't be."""
     files = rendered_files(settings)
     for folder in sorted({parent for path in files for parent in path.parents[:-1]}):
         (settings.rendered / folder).mkdir(parents=True, exist_ok=True)
@@ -29,15 +30,30 @@ def write_rendered(settings: Settings) -> None:
 
 
 def rendered_files(settings: Settings) -> dict[Path, str]:
-    """By their paths from run/rendered."""
-    profiles = {"nginx", "monitoring"} if settings.in_container else {each.profile for each in wanted(settings)}
+    """By their paths from run/rendered. Those of a container that Compose may be asked for by `--profile` alone too, if
+    they can be made."""
     files: dict[Path, str] = {}
-    if "nginx" in profiles:
-        files |= {"nginx" / path: text for path, text in nginx_files(settings, in_container=settings.in_container).items()}
-    if "monitoring" in profiles:
-        files |= {"prometheus" / path: text for path, text in prometheus_files(settings, settings.router_address).items()}
-        files[Path("grafana/password")] = Password(settings).ensure()
+    for profile, of_profile in PROFILES.items():
+        wanted = profile in settings.environment.profiles
+        if wanted or settings.in_containers:
+            try:
+                files |= of_profile(settings)
+            except UserError:
+                if wanted:
+                    raise
     return files
+
+
+def _of_nginx(settings: Settings) -> dict[Path, str]:
+    return {"nginx" / path: text for path, text in nginx_files(settings).items()}
+
+
+def _of_monitoring(settings: Settings) -> dict[Path, str]:
+    files = {"prometheus" / path: text for path, text in prometheus_files(settings, settings.router_address).items()}
+    return {**files, Path("grafana/password"): Password(settings).ensure()}
+
+
+PROFILES: dict[Profile, Callable[[Settings], dict[Path, str]]] = {"nginx": _of_nginx, "monitoring": _of_monitoring}
 
 
 class Password:
