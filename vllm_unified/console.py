@@ -218,7 +218,8 @@ class Status:
         guard = guard_of(settings) if documents == "running" else None
         found = rows(settings)
         usage = usage_of_all(settings, [row.state for row in found])
-        phases = {name: _phase(running, name) for name in running or {}} | dict(containers)
+        processes = running or {}
+        phases = {name: _phase(processes, name) for name in processes} | dict(containers)
         companions = {name: phases[name] for name in BY_NAME if name in phases}
         return cls(settings, router, documents, guard, found, usage, companions)
 
