@@ -27,10 +27,13 @@ OLD = {
 # Of these a backup has none: what is made anew.
 LEFT_OUT = {
     "run/x.log": "",
+    "data/prometheus/wal/00000001": "history",
     "models/demo/config.json": "{}",
     "models/chat/.download.lock": "",
     "models/chat/a.part": "",
 }
+# And these stay as they are where it is put back.
+STAYS = ("data/prometheus/wal/00000001", "models/demo/config.json")
 
 
 def fill(home: Path, files: dict[str, str]) -> None:
@@ -66,7 +69,7 @@ def test_all_comes_back_and_nothing_else_does(home: Path) -> None:
     newer = {".env": "VLLM_API_KEY=sk-new\n", "config/models.json": "{}", "data/documents/2/page.md": "", "run/y": "y"}
     fill(home, {**newer, "models/chat/config.json": "new", "models/chat/new": "", "models/mine/config.json": "mine"})
     assert put_back(home, made).startswith("restored config, .env, data, models, of 20")
-    mine = {"models/mine/config.json": "mine", "models/demo/config.json": "{}"}  # which the backup has not
+    mine = {"models/mine/config.json": "mine", **{path: LEFT_OUT[path] for path in STAYS}}  # which the backup has not
     assert contents(home, "config", "data", "models") == {**OLD, **mine}
     assert (home / ".env").stat().st_mode & 0o777 == 0o600
     assert (home / "run/y").read_text() == "y"

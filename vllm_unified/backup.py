@@ -28,7 +28,8 @@ HEADER, SUMS = "vllm-unified-backup.json", "SHA256SUMS"
 CONFIG, VARIABLES, DATA, MODELS = "config", ".env", "data", "models"
 # Beside what they become and what they were, so that one rename puts each into its place.
 STAGED, REPLACED = ".restored", ".replaced"
-DEMO = "demo"  # of models/: every start can make it
+# Neither saved nor replaced: models that every start can make, and a history that Prometheus writes all the time.
+LEFT_OUT = {MODELS: {"demo"}, DATA: {"prometheus"}}
 LARGEST_NOTE = 64 << 20  # bytes of the header or of the sums
 OF_DATABASE = (".db-wal", ".db-shm", ".db-journal")
 
@@ -78,7 +79,7 @@ def _entries(root: Path, part: str) -> Iterator[tuple[str, Path]]:
     for folder, names, files in os.walk(root, followlinks=True):
         here = Path(folder)
         seen.add(here.resolve())
-        skipped = {STAGED, REPLACED, *([DEMO] if part == MODELS and here == root else [])}
+        skipped = {STAGED, REPLACED, *(LEFT_OUT.get(part, ()) if here == root else ())}
         names[:] = sorted(name for name in names if name not in skipped and (here / name).resolve() not in seen)
         wanted = [each for each in sorted(files) if each != LOCK and not each.endswith((PART, *OF_DATABASE))]
         for name in (*names, *wanted):
@@ -291,7 +292,7 @@ def _moves(places: Places, part: str) -> Iterator[Move]:
     replaced.mkdir(exist_ok=True)
     names = set(os.listdir(staged)) if staged.exists() else set()
     if part != MODELS:
-        names |= set(os.listdir(place)) - {STAGED, REPLACED}
+        names |= set(os.listdir(place)) - {STAGED, REPLACED, *LEFT_OUT.get(part, ())}
     for name in sorted(names):
         yield place / name, staged / name, replaced / name
 
