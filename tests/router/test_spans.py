@@ -1,5 +1,6 @@
 """What the router traces, as a collector gets it and as engines hear of it."""
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -262,8 +263,8 @@ def test_a_collector_that_fails_holds_nobody(deployment: Deployment, status: int
 
 def _complaints(deployment: Deployment) -> list[str]:
     """All that is said of it: OpenTelemetry itself is silent."""
-    lines = deployment.log.read_text().splitlines()
-    return [line for line in lines if line.startswith(("WARNING", "ERROR"))]
+    lines = [json.loads(line) for line in deployment.log.read_text().splitlines() if line.startswith("{")]
+    return [line["message"] for line in lines if line["level"] in ("warning", "error") and "message" in line]
 
 
 def test_a_share_of_the_requests(deployment: Deployment) -> None:
