@@ -52,13 +52,29 @@ def test_both_readmes_show_the_same_commands() -> None:
     assert commands == [re.sub(r"\s+#.*", "", line) for line in code_of(CHINESE)]
 
 
-@pytest.mark.parametrize("name", ["docs/offline", "scripts/offline/README"])
-def test_both_languages_of_the_offline_documents_show_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", ["docs/offline", "docs/operations", "scripts/offline/README"])
+def test_both_languages_of_a_document_show_the_same(name: str) -> None:
     english, chinese = ((CHECKOUT / f"{name}{suffix}").read_text(encoding="utf-8") for suffix in (".md", ".zh.md"))
     assert [re.sub(r"\s+#.*", "", line) for line in code_of(english)] == [
         re.sub(r"\s+#.*", "", line) for line in code_of(chinese)
     ]
     assert len(re.findall(r"^\|", english, re.MULTILINE)) == len(re.findall(r"^\|", chinese, re.MULTILINE))
+
+
+def test_both_languages_name_the_same_remedies_of_each_alert() -> None:
+    english, chinese = (
+        (CHECKOUT / "docs" / f"operations{suffix}").read_text(encoding="utf-8").split("\n## ")[1:]
+        for suffix in (".md", ".zh.md")
+    )
+    assert [section.partition("\n")[0] for section in english] == [section.partition("\n")[0] for section in chinese]
+    for one, other in zip(english, chinese, strict=True):
+        assert named_in(one) == named_in(other), one.partition("\n")[0]
+
+
+def named_in(section: str) -> list[str]:
+    """Commands, settings, metrics, values of labels and links, in any order, wherever the lines break."""
+    named = re.findall(r"`([^`]+)`|(?<!\*)\*([\w-]+)\*(?!\*)|\]\(([^)]+)\)", section)
+    return sorted(" ".join("".join(groups).split()) for groups in named)
 
 
 def code_of(text: str) -> list[str]:
