@@ -37,6 +37,7 @@ OF_THE_IMAGE = (
     "pyproject.toml",
     "requirements.lock",
     "scripts",
+    "monitoring",
     "vllm_unified",
 )
 
@@ -186,7 +187,7 @@ def test_backup_and_restore(host: Host) -> None:
     assert host.done("stop").endswith("stopped\n")
     assert docker("ps", "--all", "--quiet", "--filter", f"name={NAME}") == ""
 
-    before = {path.name: path.read_bytes() for path in (host.home / "config").iterdir()}
+    before = {path.name: path.read_bytes() for path in (host.home / "config").iterdir() if path.is_file()}
     docker("volume", "rm", f"{NAME}_vllm_data")
     host.done("models", "remove", "embedding", "--force")
     (host.home / "config" / "keys.yaml").unlink()
@@ -196,7 +197,7 @@ def test_backup_and_restore(host: Host) -> None:
     assert "say --force" in host.refused("restore", "kept.tar")
     assert host.done("restore", "kept.tar", "--force").startswith("restored config, .env, data, models, of ")
 
-    assert {path.name: path.read_bytes() for path in (host.home / "config").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in (host.home / "config").iterdir() if path.is_file()} == before
     assert "nothing wrong" in host.done("models", "verify")
     with timed("./deploy.sh start, after a restore"):
         host.done("start", "--offline")
