@@ -261,12 +261,13 @@ class KeyRing:
         return read_keys(self._home), self._usage.tokens_since(day), self._usage.tokens_since(day.replace(day=1))
 
     def _take(self, entries: Sequence[KeyEntry], of_day: Mapping[str, int], of_month: Mapping[str, int]) -> None:
-        before, self._keys = self._keys, {}
+        taken: dict[str, Key] = {}
         for entry in entries:
-            key = before.get(entry.name) or Key(entry)
+            key = self._keys.get(entry.name) or Key(entry)
             key.change(entry)
             key.seed(of_day.get(key.name, 0), of_month.get(key.name, 0))
-            self._keys[key.name] = key
+            taken[key.name] = key
+        self._keys = taken  # at once: metrics are told by another thread
         self._by_digest = {key.digest: key for key in (*self._keys.values(), self.deployment)}
         self._by_value = {}
         self.problem = None

@@ -165,6 +165,7 @@ class Metrics(Collector):
         waiting = {labels: served.waiting for labels, served in models.items()}
         wait = {labels: served.wait_seconds(now) for labels, served in models.items()}
         ready = {labels: served.ready for labels, served in models.items()}
+        drained = {labels: served.drained for labels, served in models.items()}
         up = {labels: each.ready for labels, each in replicas.items()}
         sent = {labels: each.in_flight for labels, each in replicas.items()}
         breakers = {labels: BREAKER_STATES[each.breaker.state(now)] for labels, each in replicas.items()}
@@ -173,12 +174,14 @@ class Metrics(Collector):
         yield gauge("waiting", "Requests that wait for the model to be ready", ("model",), waiting)
         yield gauge("estimated_wait_seconds", "What a request that comes now is likely to wait", ("model",), wait)
         yield gauge("model_ready", "1 when it takes requests", ("model",), ready)
+        yield gauge("model_drained", "1 when an operator has taken it out of service", ("model",), drained)
         yield gauge("replica_up", "1 when its last health check was good", ("model", "replica"), up)
         yield gauge("replica_in_flight", "Requests that it works on", ("model", "replica"), sent)
         yield gauge("breaker_state", "0 closed, 1 half open, 2 open", ("model", "replica"), breakers)
         yield gauge("connections", "Connections of clients", (), {(): self._connections()})
         yield gauge("build_info", "1; the version is the label", ("version",), {(__version__,): 1})
-        yield from _engines({(each.name,): each.engine for each in replicas.values() if each.engine})
+        # The loop may replace each of them meanwhile.
+        yield from _engines({(each.name,): said for each in replicas.values() if (said := each.engine)})
 
     def _lines_of_keys(self) -> Iterator[str]:
         """No name of a key has a character that would have to be escaped."""
