@@ -218,7 +218,7 @@ def test_gauges_tell_how_things_stand(metrics: Metrics, registry: Registry) -> N
 
 
 def test_what_a_request_would_wait_is_what_retry_after_says(metrics: Metrics, registry: Registry) -> None:
-    chat, _ = registry.served
+    chat, vectors = registry.served
     chat.replicas[0].error = None
     assert value(metrics, "estimated_wait_seconds", model="chat") == 0
     chat.gate.try_enter()
@@ -227,6 +227,8 @@ def test_what_a_request_would_wait_is_what_retry_after_says(metrics: Metrics, re
     chat.replicas[0].closed, chat.replicas[0].ready_at = "starting", time.monotonic() + 100
     assert value(metrics, "estimated_wait_seconds", model="chat") == pytest.approx(100, abs=5)
     assert value(metrics, "estimated_wait_seconds", model="vectors") == 5  # nobody knows
+    vectors.replicas[0].error = None
+    assert value(metrics, "estimated_wait_seconds", model="vectors") is None, "it has no limit, and its engine a queue"
 
 
 def test_shares_of_limits(metrics: Metrics, keys: list[Key]) -> None:

@@ -137,6 +137,12 @@ def largest(gauge: str, selector: str = "", by: str = "model") -> str:
     return f"max by ({by}) ({gauge}{_braces(selector)})"
 
 
+def wait(selector: str = "") -> str:
+    """Of a request that comes now, where the router knows it; else what the engine's own queue took."""
+    known = largest(f"{OURS}_estimated_wait_seconds", selector)
+    return f"{known} or {mean('vllm:request_queue_time_seconds', selector)}"
+
+
 def _braces(selector: str) -> str:
     return f"{{{selector}}}" if selector else ""
 
@@ -214,7 +220,7 @@ MODELS = Chart(
         Query(increase(f"{OURS}_errors_total", f"{KNOWN},{FAILED}"), "Failed"),
         Query(quantile(0.95, f"{OURS}_time_to_first_byte_seconds", KNOWN, over="$__range"), "First byte p95", "s"),
         Query(increase(f"{OURS}_tokens_total", KNOWN), "Tokens"),
-        Query(largest(f"{OURS}_estimated_wait_seconds"), "Wait", "s"),
+        Query(wait(), "Wait", "s"),
         Query("max by (model) (max_over_time(vllm:kv_cache_usage_perc[$__range]))", "KV cache peak", "percentunit"),
         Query(increase(f"{OURS}_engine_restarts_total"), "Restarts"),
         Query(largest(f"{OURS}_engine_memory_bytes"), "Memory", "bytes"),
@@ -275,8 +281,8 @@ OVERVIEW = Dashboard(
                 Chart(
                     "Expected wait of the next request",
                     "s",
-                    (Query(largest(f"{OURS}_estimated_wait_seconds")),),
-                    "What a request that comes now will wait for a slot.",
+                    (Query(wait()),),
+                    "What a request that comes now waits for a slot; without max_concurrent, what the engine's queue takes.",
                     limits=(10, 30),
                 ),
                 Chart(
@@ -318,7 +324,7 @@ MODEL = Dashboard(
                 Chart(
                     "Expected wait",
                     "s",
-                    (Query(largest(f"{OURS}_estimated_wait_seconds", ONE_MODEL), "wait"),),
+                    (Query(wait(ONE_MODEL), "wait"),),
                     "Of a request that comes now.",
                     Kind.STAT,
                     limits=(10, 30),

@@ -163,7 +163,9 @@ class Metrics(Collector):
         in_flight = {labels: served.gate.active for labels, served in models.items()}
         queued = {labels: served.gate.queued for labels, served in models.items()}
         waiting = {labels: served.waiting for labels, served in models.items()}
-        wait = {labels: served.wait_seconds(now) for labels, served in models.items()}
+        # Without a limit all are let in, and wait in the engine's own queue.
+        limited = {each: served for each, served in models.items() if served.gate.limit is not None or not served.ready}
+        wait = {labels: served.wait_seconds(now) for labels, served in limited.items()}
         ready = {labels: served.ready for labels, served in models.items()}
         drained = {labels: served.drained for labels, served in models.items()}
         up = {labels: each.ready for labels, each in replicas.items()}
