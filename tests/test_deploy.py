@@ -392,9 +392,25 @@ def test_nginx_prometheus_and_grafana_beside_it(deployed: Deployed) -> None:
     assert deployed.run("reload").stdout == "nothing has changed\n"
     eventually(lambda: _reloaded(urls["prometheus"]) > before)
 
-    # What waits for a restart of all does not reach nginx before.
+    # What nginx refuses is not taken up by anybody, and what it has stays.
     conf = home / "run/rendered/nginx/nginx.conf"
     rendered = conf.read_text()
+    template = home / "config/nginx.conf"
+    good = template.read_text()
+    models = deployed.project.file.read_text()
+    deployed.project.file.write_text(models.replace('"the-chat"', '"the-chat", "aliases": ["alias"]'))
+    template.write_text(good.replace("gzip on;", "gzip onn;"))
+    refused = deployed.run("reload")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert 'nginx refuses it: invalid value "onn"' in refused.stderr
+    asked = {**asked, "model": "alias"}
+    assert httpx.post(f"{urls['nginx']}/v1/chat/completions", json=asked, headers=headers).status_code == 404
+    assert conf.read_text() == rendered
+    template.write_text(good)
+    assert "alias" in deployed.run("reload").stdout
+    assert httpx.post(f"{urls['nginx']}/v1/chat/completions", json=asked, headers=headers).status_code == 200
+
+    # What waits for a restart of all does not reach nginx before.
     with (home / ".env").open("a") as file:
         file.write(f"VLLM_NGINX_PORT={free_port()}\n")
     assert "VLLM_NGINX_PORT" in deployed.run("reload").stdout

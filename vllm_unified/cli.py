@@ -191,16 +191,17 @@ def render(project: Project) -> None:
     """Write run/supervisord.conf, run/placement.json and run/rendered from the configuration."""
     from vllm_unified.engines.placement import placement_text
     from vllm_unified.supervision.conf import supervisord_conf
-    from vllm_unified.supervision.rendered import write_rendered
+    from vllm_unified.supervision.rendered import rendered_files, write_rendered
 
     settings = project.settings()
     text = supervisord_conf(settings)
     placement = placement_text(_planned(settings).places)
+    files = rendered_files(settings)
     (settings.run / "logs").mkdir(parents=True, exist_ok=True)
     (settings.run / "supervisord.conf").write_text(text, encoding="utf-8")
     (settings.run / "placement.json").write_text(placement, encoding="utf-8")
     (settings.run / "config").write_text(f"{settings.file}\n", encoding="utf-8")
-    write_rendered(settings)
+    write_rendered(settings, files)
     click.echo(f"wrote {settings.run / 'supervisord.conf'}")
 
 
@@ -397,13 +398,14 @@ def reload(project: Project, as_json: bool, restarted: str | None) -> None:
     from vllm_unified.console import print_json, reload_text
     from vllm_unified.settings.changes import RESTART_ALL
     from vllm_unified.supervision.ask import programs
-    from vllm_unified.supervision.rendered import write_rendered
+    from vllm_unified.supervision.rendered import rendered_files, write_rendered
 
     settings = project.running_settings()
     if programs(settings.run) is None:
         click.echo("not running; start it with ./deploy.sh start", err=True)
         sys.exit(NOT_RUNNING)
     api_key = settings.require_api_key()
+    files = rendered_files(settings)  # so that nothing is taken up where they can't be
     url = f"{settings.router_url}/admin/reload"
     patience = settings.system.drain_timeout + RELOAD_SECONDS
     try:
@@ -413,13 +415,13 @@ def reload(project: Project, as_json: bool, restarted: str | None) -> None:
     if code != HTTPStatus.OK:
         raise UserError(_refusal(code, said))
     document = json.loads(said)
-    # What waits for a restart of all, as another port does, must not reach nginx before the router.
-    if all(each["command"] != RESTART_ALL for each in document["restart"]):
-        write_rendered(settings)
     if as_json:
         print_json(document)
     elif any(document.values()) or not restarted:
         click.echo(reload_text(document))
+    # What waits for a restart of all, as another port does, must not reach nginx before the router.
+    if all(each["command"] != RESTART_ALL for each in document["restart"]):
+        write_rendered(settings, files)
 
 
 def _refusal(code: int, said: str) -> str:

@@ -35,10 +35,11 @@ def problems_of_machine(settings: Settings, *, coming: Collection[Model], runnin
     found += _unusable_folder(settings)
     found += missing_weights(settings, coming)
     found += _missing_programs(settings)
-    found += _wrong_nginx(settings)
-    if not running:
-        found += _taken_ports(settings)
-    return found
+    ports = [] if running else list(_taken_ports(settings))
+    # Nginx tries its own as well.
+    if {each.place for each in ports}.isdisjoint(map(variable_of, NGINX.ports)):
+        found += _wrong_nginx(settings)
+    return found + ports
 
 
 def notes_of_machine(settings: Settings) -> Iterator[str]:
@@ -65,7 +66,7 @@ def _missing_programs(settings: Settings) -> Iterator[Problem]:
 
 
 def _wrong_nginx(settings: Settings) -> Iterator[Problem]:
-    """Its template is the user's own, and so is the certificate."""
+    """Its template is the user's own, and so is the certificate; the real one is asked where supervisord runs it."""
     if NGINX in wanted(settings):
         try:
             nginx_files(settings)

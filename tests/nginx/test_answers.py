@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import eventually
+from tests.conftest import Project, eventually, free_port
 from tests.nginx.conftest import Nginx
 from tests.router.conftest import Deployment
 from tests.router.wire import AUTHORIZED, Answer, Client, Engine, post, request
+from vllm_unified.logs.files import read
 
 MIB = 1 << 20
 CHAT = "/v1/chat/completions"
@@ -148,7 +150,7 @@ def router_lines(site: Deployment) -> list[dict[str, Any]]:
 def test_a_line_of_the_log(nginx: Nginx) -> None:
     answer = sent(nginx, get('/v1/models/"x"?key=sk-secret', "x-request-id: not one\x7f"))
     (line,) = eventually(lambda: [line for line in nginx.lines if line["id"] == answer["x-request-id"]])
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", line.pop("time"))
     assert re.fullmatch("[0-9a-f]{32}", line.pop("id"))
     assert (line.pop("duration_us") >= 0, line.pop("bytes_in") > 50, line.pop("bytes_out") > 50) == (True, True, True)
     assert line == {
@@ -162,6 +164,19 @@ def test_a_line_of_the_log(nginx: Nginx) -> None:
         "tls": "",
     }
     assert "sk-secret" not in nginx.log.read_text()
+
+
+@pytest.mark.parametrize(("zone", "offset"), [("CST-8", "+08:00"), ("EST5", "-05:00"), ("UTC0", "+00:00")])
+def test_times_are_right_in_any_zone(project: Project, monkeypatch: pytest.MonkeyPatch, zone: str, offset: str) -> None:
+    """Written as POSIX does, which needs no database of zones."""
+    monkeypatch.setenv("TZ", zone)
+    project.write({"chat": {"name": "chat", "type": "chat"}}, router={"port": free_port()})
+    before = time.time()
+    with Nginx(project) as nginx, nginx.client() as client:
+        assert client.get("/v1/models").status_code == 503
+        (line,) = eventually(lambda: [raw for raw in nginx.log.read_text().splitlines() if "/v1/models" in raw])
+    assert json.loads(line)["time"].endswith(offset)
+    assert before - 1 <= read("nginx.log", line).time <= time.time() + 1
 
 
 def test_too_many_requests_of_one_address(deployment: Deployment) -> None:

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import pytest
 
 from tests.conftest import API_KEY, CHECKOUT, Project, eventually, free_port
 from tests.nginx.conftest import Nginx, write_nginx
 from tests.router.conftest import Deployment
-from tests.router.wire import Engine
+from tests.router.wire import Client, Engine, post
 
+SECRET = "secret-of-a-client"
 CHAT = "/v1/chat/completions"
 
 
@@ -71,6 +73,25 @@ def test_clients_see_clear_answers_while_the_router_restarts(deployment: Deploym
     assert {answer.status_code for answer in answers} == {200, 503}
     unclear = [answer for answer in answers if answer.status_code == 503 and "retry-after" not in answer.headers]
     assert unclear == []
+
+
+@pytest.mark.parametrize("answer", [None, "", f"{SECRET}\r\n\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n"])
+def test_what_is_sent_is_not_in_its_output(project: Project, answer: str | None) -> None:
+    """Where the router refuses the connection, hangs up, answers rubbish, or breaks off."""
+
+    def hang_up(connection: socket.socket, *_: object) -> None:
+        connection.sendall((answer or "").encode())
+        raise OSError
+
+    port = free_port()
+    project.write({"chat": {"name": "chat", "type": "chat"}}, router={"port": port})
+    asked = post(f"{CHAT}?api_key={SECRET}", {}, f"x-token: {SECRET}", "x-request-id: sent", "connection: close")
+    with contextlib.nullcontext() if answer is None else Engine(port, hang_up), Nginx(project) as nginx:
+        with Client(nginx.port) as client:
+            client.send(asked)
+            client.rest()
+        eventually(lambda: [line for line in nginx.lines if line["id"] == "sent"])
+    assert SECRET not in nginx.log.read_text()
 
 
 class Names:

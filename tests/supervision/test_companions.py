@@ -14,7 +14,7 @@ from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
 from vllm_unified.supervision import companions
 from vllm_unified.supervision.conf import supervisord_conf
-from vllm_unified.supervision.rendered import write_rendered
+from vllm_unified.supervision.rendered import rendered_files, write_rendered
 
 BOTH = {"COMPOSE_PROFILES": "nginx,monitoring"}
 REMOTE = {"remote": {"name": "r", "type": "chat", "endpoints": ["http://gpu-2:8000"]}}
@@ -24,7 +24,11 @@ def loaded(project: Project, **environ: str) -> Settings:
     for name in ("nginx.conf", "maintenance.html"):
         shutil.copy(CHECKOUT / "config" / name, project.home / "config")
     project.write(REMOTE)
-    return project.load({"VLLM_API_KEY": API_KEY, **environ})
+    return project.load({"VLLM_API_KEY": API_KEY, "VLLM_NGINX_PORT": str(free_port()), **environ})
+
+
+def write(settings: Settings) -> None:
+    write_rendered(settings, rendered_files(settings))
 
 
 @pytest.fixture
@@ -39,7 +43,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def install(folder: Path, *names: str) -> None:
     for name in names:
-        (folder / name).touch(mode=0o755)
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
 
 
 def test_programs_of_supervisord(project: Project, installed: Path) -> None:
@@ -86,7 +91,7 @@ def test_ports_of_their_own(project: Project, installed: Path, monkeypatch: pyte
 def test_what_is_rendered(project: Project, environ: dict[str, str]) -> None:
     """In Docker whatever the profiles are: Compose may be asked for one by --profile."""
     settings = loaded(project, **environ)
-    write_rendered(settings)
+    write(settings)
     modes = {path.relative_to(settings.rendered).as_posix(): path for path in settings.rendered.rglob("*")}
     assert {name for name, path in modes.items() if path.stat().st_mode & 0o7777 == 0o640} == {
         "grafana/password",
@@ -102,10 +107,10 @@ def test_what_is_rendered(project: Project, environ: dict[str, str]) -> None:
 
 
 def test_what_is_no_longer_wanted_goes(project: Project) -> None:
-    write_rendered(loaded(project, **BOTH))
+    write(loaded(project, **BOTH))
     settings = loaded(project, COMPOSE_PROFILES="monitoring")
     (settings.rendered / "prometheus/rules/older.yml").write_text("groups: []")
-    write_rendered(settings)
+    write(settings)
     left = {path.relative_to(settings.rendered).as_posix() for path in settings.rendered.rglob("*") if path.is_file()}
     assert "prometheus/rules/alerts.yml" in left
     assert not {name for name in left if name.startswith("nginx/") or "older" in name}
@@ -117,17 +122,40 @@ def test_a_template_that_is_wrong_stops_those_alone_who_want_nginx(project: Proj
         (project.home / "config/nginx.conf").write_text("{{ nothing }}")
         return settings
 
-    write_rendered(broken(VLLM_UNIFIED_RUNTIME="docker"))
+    write(broken(VLLM_UNIFIED_RUNTIME="docker"))
     with pytest.raises(UserError, match=r"nginx\.conf"):
-        write_rendered(broken(COMPOSE_PROFILES="nginx"))
+        write(broken(COMPOSE_PROFILES="nginx"))
     problems = machine.problems_of_machine(broken(COMPOSE_PROFILES="nginx"), coming=(), running=True)
     assert [each for each in problems if "nothing" in str(each)]
+
+
+def test_what_nginx_itself_refuses(project: Project) -> None:
+    """The real one, before anything starts; what it took before stays."""
+    settings = loaded(project, COMPOSE_PROFILES="nginx")
+    write(settings)
+    conf = settings.rendered / "nginx/nginx.conf"
+    good = conf.read_text()
+    template = project.home / "config/nginx.conf"
+    template.write_text(template.read_text().replace("gzip on;", "gzip onn;"))
+    reason = 'invalid value "onn" in "gzip" directive, it must be "on" or "off", at: gzip onn;'
+    said = f"{template}: nginx refuses it: {reason}"
+    with pytest.raises(UserError) as error:
+        write(settings)
+    assert (str(error.value), conf.read_text()) == (said, good)
+    assert [str(each) for each in machine.problems_of_machine(settings, coming=(), running=False)] == [said]
+    assert not (settings.run / "nginx").exists()
+
+
+def test_a_port_that_nginx_can_not_have_is_said_once(project: Project) -> None:
+    settings = loaded(project, COMPOSE_PROFILES="nginx", VLLM_NGINX_HOST="192.0.2.1")
+    (problem,) = machine.problems_of_machine(settings, coming=(), running=False)
+    assert str(problem).startswith(".env: VLLM_NGINX_PORT: ")
 
 
 def test_grafanas_password_is_made_once_and_said_once(project: Project, installed: Path) -> None:
     install(installed, "nginx", "prometheus", "grafana")
     settings = loaded(project, **BOTH)
-    write_rendered(settings)
+    write(settings)
     password = (settings.rendered / "grafana/password").read_text()
     assert len(password) >= 20
     first, second = welcome_text(settings), welcome_text(settings)
@@ -135,7 +163,7 @@ def test_grafanas_password_is_made_once_and_said_once(project: Project, installe
     assert f"user admin, password {password}   (this once; in {kept})" in first
     assert (password in second, f"user admin, password (in {kept})" in second) == (False, True)
     shutil.rmtree(settings.run)
-    write_rendered(settings)
+    write(settings)
     assert (settings.rendered / "grafana/password").read_text() == kept.read_text() == password
     assert kept.stat().st_mode & 0o777 == 0o600
 

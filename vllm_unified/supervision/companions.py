@@ -43,8 +43,7 @@ class Companion:
         return [(getattr(environment, self.host), getattr(environment, port), port) for port in ports]
 
 
-def nginx_command(settings: Settings, binary: str) -> list[str]:
-    conf = settings.rendered / "nginx" / "nginx.conf"
+def nginx_command(binary: str, conf: Path) -> list[str]:
     return [binary, "-e", "stderr", "-c", str(conf), "-g", "daemon off;"]
 
 
@@ -114,7 +113,7 @@ NGINX = Companion(
     title="Nginx",
     profile="nginx",
     binaries=("nginx",),
-    command=nginx_command,
+    command=lambda settings, binary: nginx_command(binary, settings.rendered / "nginx" / "nginx.conf"),
     url=lambda settings: settings.nginx_url,
     host="nginx_host",
     ports=("nginx_port", "nginx_tls_port"),

@@ -1,7 +1,10 @@
 """What Nginx runs with, as text: config/nginx.conf filled in, and the page that it shows while the router restarts."""
 
 import os
+import re
 import ssl
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import jinja2
 
 from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
+from vllm_unified.supervision.companions import NGINX, nginx_command, supervised
 
 TEMPLATE = Path("config/nginx.conf")
 PAGE = Path("config/maintenance.html")
@@ -22,10 +26,21 @@ MARGIN_MIB = 16
 
 
 def nginx_files(settings: Settings) -> dict[Path, str]:
-    """Texts, by their paths below run/rendered/nginx. Raises UserError."""
+    """Texts, by their paths below run/rendered/nginx, which Nginx has found to be right where supervisord runs it.
+    Raises UserError.
+    """
     here = _in_a_container(settings) if settings.in_containers else _native(settings)
+    text = _conf(settings, here)
+    if binary := supervised(settings).get(NGINX):
+        with tempfile.TemporaryDirectory() as folder:
+            # One that runs has the other folder, which is not there before the first start.
+            _try(settings, binary, Path(folder), _conf(settings, {**here, "scratch": Path(folder, "nginx")}))
+    return {Path("nginx.conf"): text, Path(PAGE.name): _read(settings.home, PAGE)}
+
+
+def _conf(settings: Settings, here: dict[str, Any]) -> str:
     reads = settings.documents.max_upload_mib if settings.reads_documents else 0
-    text = _filled_in(
+    return _filled_in(
         settings.home,
         **here,
         tls=_certificate(settings),
@@ -35,7 +50,20 @@ def nginx_files(settings: Settings) -> dict[Path, str]:
         max_body_mib=max(settings.router.max_body_mib, reads) + MARGIN_MIB,
         nginx=settings.nginx,
     )
-    return {Path("nginx.conf"): text, Path(PAGE.name): _read(settings.home, PAGE)}
+
+
+def _try(settings: Settings, binary: str, folder: Path, text: str) -> None:
+    """Ports too, but for those that are taken."""
+    conf = folder / "nginx.conf"
+    conf.write_text(text, encoding="utf-8")
+    done = subprocess.run([*nginx_command(binary, conf), "-q", "-t"], capture_output=True, text=True)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "[emerg]" in line), done.stderr.strip())
+        reason = re.sub(r"^.*\[emerg\] \d+#\d+: ", "", said)
+        if found := re.search(rf" in {re.escape(str(conf))}:(\d+)$", reason):
+            line = text.splitlines()[int(found[1]) - 1].strip()
+            reason = f"{reason[: found.start()]}, at: {line}"
+        raise UserError(f"{settings.home / TEMPLATE}: nginx refuses it: {reason}")
 
 
 def _native(settings: Settings) -> dict[str, Any]:

@@ -16,9 +16,8 @@ FOLDER_MODE, FILE_MODE, SECRET_MODE = 0o2755, 0o644, 0o640
 SECRETS = (Path("prometheus/key"), Path("grafana/password"))
 
 
-def write_rendered(settings: Settings) -> None:
-    """Anew: what is there and no longer wanted goes. Raises UserError where a profile that is wanted can't be."""
-    files = rendered_files(settings)
+def write_rendered(settings: Settings, files: dict[Path, str]) -> None:
+    """`files`: those of `rendered_files`. Anew: what is there and no longer wanted goes."""
     for folder in sorted({parent for path in files for parent in path.parents[:-1]}):
         (settings.rendered / folder).mkdir(parents=True, exist_ok=True)
         (settings.rendered / folder).chmod(FOLDER_MODE)
@@ -31,7 +30,7 @@ def write_rendered(settings: Settings) -> None:
 
 def rendered_files(settings: Settings) -> dict[Path, str]:
     """By their paths from run/rendered. Those of a container that Compose may be asked for by `--profile` alone too, if
-    they can be made."""
+    they can be made. Raises UserError where a profile that is wanted can't be."""
     files: dict[Path, str] = {}
     for profile, of_profile in PROFILES.items():
         wanted = profile in settings.environment.profiles
