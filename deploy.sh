@@ -419,11 +419,10 @@ welcome() {
 }
 # nginx and Prometheus take up what `reload` has rendered; a configuration that they refuse leaves them as they are.
 reload_companions() {
-  local name id
+  local name
   for name in nginx prometheus; do
     if [[ $RUNTIME == docker ]]; then
-      id=$(companion "$name")
-      if [[ -n $id ]]; then docker kill --signal HUP "$id" >/dev/null; fi
+      reload_container "$name"
     elif supervisorctl status "$name" >/dev/null; then
       supervisorctl signal HUP "$name" >/dev/null
     fi

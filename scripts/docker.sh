@@ -30,6 +30,16 @@ containers() { # FORMAT
 }
 container() { containers '{{.ID}}' | sed -n 's/^vllm-unified //p' | head -n 1; }
 companion() { containers '{{.ID}}' | sed -n "s/^$1 //p"; } # nginx, prometheus or grafana: its container, or nothing
+# Not `docker kill`, after which Docker takes the container for one that was stopped by hand and does not restart it.
+reload_container() { # NAME
+  local id state
+  read -r id state < <(containers '{{.ID}} {{.State}}' | sed -n "s/^$1 //p") || return 0
+  if [[ $state != running ]]; then
+    say "$1 does not run ($state), and takes up what has changed when it starts" >&2
+  elif ! docker exec "$id" sh -c 'kill -HUP 1'; then
+    say "$1 was not told what has changed; docker restart $id does that" >&2
+  fi
+}
 # A line each: its name, = and what Docker knows of its health.
 companion_states() {
   local name id
