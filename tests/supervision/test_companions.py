@@ -1,15 +1,19 @@
 """nginx, Prometheus and Grafana: what is rendered for them, how they start, and what is said where they can not."""
 
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import API_KEY, CHECKOUT, Project, free_port, listening
+from tests.conftest import API_KEY, CHECKOUT, Project, eventually, free_port, listening
 from tests.supervision.test_conf import parsed
 from vllm_unified import machine
 from vllm_unified.console import welcome_text
+from vllm_unified.engines.keeper import port_taken
 from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
 from vllm_unified.supervision import companions
@@ -49,6 +53,26 @@ def test_programs_of_supervisord(project: Project, installed: Path) -> None:
     assert {"nginx", "prometheus", "grafana"} < set(read)
     assert read["nginx"].priority < read["router"].priority < read["prometheus"].priority
     assert set(parsed(settings.run, supervisord_conf(loaded(project)))) == {"", "router"}
+
+
+# Starts what it is told, and waits until it is killed.
+PARENT = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+
+
+@pytest.mark.parametrize(("name", "variable"), [("nginx", "VLLM_NGINX_PORT"), ("prometheus", "VLLM_PROMETHEUS_PORT")])
+def test_none_of_them_outlives_supervisord(project: Project, name: str, variable: str) -> None:
+    """The real ones, with all their processes: none holds the port."""
+    port = free_port()
+    settings = loaded(project, **BOTH, **{variable: str(port)})
+    write_rendered(settings)
+    read = parsed(settings.run, supervisord_conf(settings))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, *shlex.split(read[name].command)])
+    try:
+        eventually(lambda: port_taken("127.0.0.1", port))
+    finally:
+        parent.kill()
+        parent.wait()
+    eventually(lambda: not port_taken("127.0.0.1", port))
 
 
 def test_what_is_not_installed_is_said_before_anything_starts(project: Project, installed: Path) -> None:
