@@ -163,6 +163,7 @@ verb_restart() {
     local config runtime=$RUNTIME
     config=$(running_config)
     cli --config "$config" check --machine
+    [[ $runtime != docker ]] || docker_pre_flight
     stop
     if is_demo "$config"; then verb_start --demo "--$runtime"; else verb_start "--$runtime"; fi
     return

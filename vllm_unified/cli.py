@@ -140,7 +140,8 @@ def check(project: Project, machine: bool, before: str | None) -> None:
         from vllm_unified.machine import notes_of_machine, problems_of_machine, to_be_fetched
         from vllm_unified.supervision.ask import programs
 
-        running = programs(settings.run) is not None
+        found = programs(settings.run)
+        running = None if found is None else [name for name, info in found.items() if info["pid"]]
         coming = {None: (), "fetching": to_be_fetched(settings), "making": settings.engines}[before]
         problems = problems_of_machine(settings, coming=coming, running=running)
         if problems:

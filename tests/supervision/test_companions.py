@@ -77,20 +77,20 @@ def test_none_of_them_outlives_supervisord(project: Project, name: str, variable
 
 def test_what_is_not_installed_is_said_before_anything_starts(project: Project, installed: Path) -> None:
     settings = loaded(project, **BOTH)
-    problems = [str(each) for each in machine.problems_of_machine(settings, coming=(), running=False)]
+    problems = [str(each) for each in machine.problems_of_machine(settings, coming=(), running=None)]
     for name in ("nginx", "prometheus"):
         assert [each for each in problems if f"{name} is not installed; apt install {name}" in each]
     assert "grafana" not in "".join(problems)
     (note,) = machine.notes_of_machine(settings)
     assert note.startswith("Grafana is not installed")
     install(installed, "nginx", "prometheus", "grafana")
-    assert machine.problems_of_machine(settings, coming=(), running=True) == []
+    assert machine.problems_of_machine(settings, coming=(), running=()) == []
     assert list(machine.notes_of_machine(settings)) == []
 
 
 def test_in_a_container_nothing_is_missing(project: Project, installed: Path) -> None:
     settings = loaded(project, VLLM_UNIFIED_RUNTIME="docker", **BOTH)
-    assert machine.problems_of_machine(settings, coming=(), running=True) == []
+    assert machine.problems_of_machine(settings, coming=(), running=()) == []
     assert set(parsed(settings.run, supervisord_conf(settings))) == {"", "router"}
 
 
@@ -99,7 +99,12 @@ def test_ports_of_their_own(project: Project, installed: Path, monkeypatch: pyte
     port = free_port()
     settings = loaded(project, COMPOSE_PROFILES="monitoring", VLLM_PROMETHEUS_PORT=str(port))
     with listening(port):
-        (problem,) = machine.problems_of_machine(settings, coming=(), running=False)
+        (problem,) = machine.problems_of_machine(settings, coming=(), running=None)
+        (same,) = machine.problems_of_machine(
+            settings, coming=(), running=["router"]
+        )  # before a restart, which stops it
+        assert machine.problems_of_machine(settings, coming=(), running=["router", "prometheus"]) == []
+    assert str(problem) == str(same)
     assert str(problem).startswith(f".env: VLLM_PROMETHEUS_PORT: port {port} on 127.0.0.1: address already in use")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     said = machine._of_port(80, "port 80 on 127.0.0.1: permission denied")
@@ -144,7 +149,7 @@ def test_a_template_that_is_wrong_stops_those_alone_who_want_nginx(project: Proj
     write_rendered(broken(VLLM_UNIFIED_RUNTIME="docker"))
     with pytest.raises(UserError, match=r"nginx\.conf"):
         write_rendered(broken(COMPOSE_PROFILES="nginx"))
-    problems = machine.problems_of_machine(broken(COMPOSE_PROFILES="nginx"), coming=(), running=True)
+    problems = machine.problems_of_machine(broken(COMPOSE_PROFILES="nginx"), coming=(), running=())
     assert [each for each in problems if "nothing" in str(each)]
 
 
