@@ -159,8 +159,9 @@ def test_grafanas_password_is_made_once_and_said_once(project: Project, installe
     write_rendered(settings)
     password = (settings.rendered / "grafana/password").read_text()
     assert len(password) >= 20
-    first, second = welcome_text(settings), welcome_text(settings)
     kept = settings.home / "data/grafana.password"
+    assert kept.read_text() == password
+    first, second = welcome_text(settings), welcome_text(settings)
     assert f"user admin, password {password}   (this once; in {kept})" in first
     assert (password in second, f"user admin, password (in {kept})" in second) == (False, True)
     shutil.rmtree(settings.run)

@@ -57,27 +57,25 @@ PROFILES: dict[Profile, Callable[[Settings], dict[Path, str]]] = {"nginx": _of_n
 
 
 class Password:
-    """Grafana's, of the user admin. Made once, as Grafana keeps it with its data; it has a name of its own until
-    somebody was told it."""
+    """Grafana's, of the user admin. Made once, as Grafana keeps it with its data. A file beside it notes that somebody was
+    told it."""
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.home / "data" / "grafana.password"
-        self._untold = self.path.with_suffix(".password.new")
+        self._said = self.path.with_suffix(".password.said")
 
     def ensure(self) -> str:
-        for path in (self.path, self._untold):
-            if path.is_file():
-                return path.read_text(encoding="utf-8")
-        password = secrets.token_urlsafe(18)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _write(self._untold, password, 0o600)
-        return password
+        if not self.path.is_file():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _write(self.path, secrets.token_urlsafe(18), 0o600)
+            self._said.unlink(missing_ok=True)
+        return self.path.read_text(encoding="utf-8")
 
     def told(self) -> str | None:
         """The first time the password, from then on None."""
-        if not self._untold.is_file():
+        if self._said.exists() or not self.path.is_file():
             return None
-        self._untold.rename(self.path)
+        self._said.touch()
         return self.path.read_text(encoding="utf-8")
 
 
