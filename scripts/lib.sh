@@ -33,7 +33,7 @@ step() {
   local what=$1 log began=$SECONDS
   shift
   log=$(home)/run/logs/install.log
-  mkdir -p "${log%/*}"
+  (umask 077 && mkdir -p "${log%/*}")
   [[ -t 1 ]] || say "$what …"
   set -m # a process group of its own, so that an interrupted step ends with all that it started
   "$@" >>"$log" 2>&1 9>&- &

@@ -111,19 +111,21 @@ def test_ports_of_their_own(project: Project, installed: Path, monkeypatch: pyte
     assert said.endswith("it is for root alone; name one from 1024 on, or run it as root")
 
 
-@pytest.mark.parametrize("environ", [BOTH, {"VLLM_UNIFIED_RUNTIME": "docker"}])
-def test_what_is_rendered(project: Project, environ: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("environ", "folder", "secret"), [(BOTH, 0o700, 0o600), ({"VLLM_UNIFIED_RUNTIME": "docker"}, 0o2755, 0o640)]
+)
+def test_what_is_rendered(project: Project, environ: dict[str, str], folder: int, secret: int) -> None:
     """In Docker whatever the profiles are: Compose may be asked for one by --profile."""
     settings = loaded(project, **environ)
     write_rendered(settings)
     modes = {path.relative_to(settings.rendered).as_posix(): path for path in settings.rendered.rglob("*")}
-    assert {name for name, path in modes.items() if path.stat().st_mode & 0o7777 == 0o640} == {
+    assert {name for name, path in modes.items() if path.stat().st_mode & 0o7777 == secret} == {
         "grafana/password",
         "prometheus/key",
     }
     for name, path in modes.items():
         assert path.stat().st_mode & 0o022 == 0, name
-        assert path.is_file() or path.stat().st_mode & 0o7777 == 0o2755, name
+        assert path.is_file() or path.stat().st_mode & 0o7777 == folder, name
     assert {"nginx/nginx.conf", "prometheus/prometheus.yml", "prometheus/rules/alerts.yml"} < set(modes)
     router = "vllm-unified:8000" if settings.in_containers else "127.0.0.1:8000"
     for name in ("nginx/nginx.conf", "prometheus/prometheus.yml"):

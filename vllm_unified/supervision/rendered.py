@@ -11,19 +11,22 @@ from vllm_unified.settings.environment import Profile
 from vllm_unified.supervision.nginx import nginx_files
 from vllm_unified.supervision.prometheus import prometheus_files
 
-# Group 0 is that of every container, and none of them has more than its own rights.
-FOLDER_MODE, FILE_MODE, SECRET_MODE = 0o2755, 0o644, 0o640
+FILE_MODE = 0o644
+# Of folders and secrets. Group 0 is that of every container, and none of them has more than its own rights.
+IN_CONTAINERS = (0o2755, 0o640)
+NATIVELY = (0o700, 0o600)
 SECRETS = (Path("prometheus/key"), Path("grafana/password"))
 
 
 def write_rendered(settings: Settings) -> None:
     """Anew: what is there and no longer wanted goes. Raises UserError where a profile that is wanted can't be."""
     files = rendered_files(settings)
+    folder_mode, secret_mode = IN_CONTAINERS if settings.in_containers else NATIVELY
     for folder in sorted({parent for path in files for parent in path.parents[:-1]}):
         (settings.rendered / folder).mkdir(parents=True, exist_ok=True)
-        (settings.rendered / folder).chmod(FOLDER_MODE)
+        (settings.rendered / folder).chmod(folder_mode)
     for path, text in files.items():
-        _write(settings.rendered / path, text, SECRET_MODE if path in SECRETS else FILE_MODE)
+        _write(settings.rendered / path, text, secret_mode if path in SECRETS else FILE_MODE)
     for old in [path for path in settings.rendered.rglob("*") if path.is_file()]:
         if old.relative_to(settings.rendered) not in files:
             old.unlink()
@@ -57,8 +60,8 @@ PROFILES: dict[Profile, Callable[[Settings], dict[Path, str]]] = {"nginx": _of_n
 
 
 class Password:
-    """Grafana's, of the user admin. Made once, as Grafana keeps it with its data. A file beside it notes that somebody was
-    told it."""
+    """Grafana's, of the user admin. Made once, as Grafana keeps it with its data. A file beside it notes that somebody
+    was told it."""
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.home / "data" / "grafana.password"
