@@ -34,6 +34,8 @@ usage: ./deploy.sh VERB [options]
                                   --errors: only these, and requests that failed by no fault of their clients
                                   --since: 30s, 10m, 2h, 3d, or a moment as 2026-11-22T15:00
                                   --lines: the last N (default 50; with --since, all)
+                                  In Docker nginx, prometheus and grafana each have a log of their own: logs nginx, with
+                                  --follow, --since and --lines alone
   health                          the router's own report; exit code 0 when healthy
   selftest [--json]               golden questions to every model; exit code 1 when one answers wrongly, 3 when it
                                   does not run

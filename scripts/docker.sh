@@ -40,17 +40,15 @@ reload_container() { # NAME
     say "$1 was not told what has changed; docker restart $id does that" >&2
   fi
 }
-# A line each: its name, = and what Docker knows of its health.
+# A line each: its name, = and what Docker knows of its health, as "Up 2 hours (health: starting)" says it.
 companion_states() {
-  local name id
-  while read -r name id; do
-    [[ $name != vllm-unified ]] || continue
-    say "$name=$(docker container inspect --format '{{if and .State.Running .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' "$id" 2>/dev/null || say gone)"
-  done < <(containers '{{.ID}}')
+  containers '{{.State}} {{.Status}}' | sed -nE '/^vllm-unified /d
+    s/^([^ ]+) running .*\((health: )?([a-z]+)\)$/\1=\3/p; t
+    s/^([^ ]+) ([a-z]+).*/\1=\2/p'
 }
 # What they write is Docker's alone.
 logs_of_companion() { # NAME [--follow] [--lines N] [--since WHEN]
-  local name=$1 id options=() last=(--tail 50)
+  local name=$1 id options=() lines='' since=''
   shift
   id=$(companion "$name")
   [[ -n $id ]] || die "$name has no container here; COMPOSE_PROFILES in .env says which ones there are"
@@ -59,14 +57,16 @@ logs_of_companion() { # NAME [--follow] [--lines N] [--since WHEN]
       -f | --follow) options+=(--follow) ;;
       --lines | --since)
         [[ -n ${2:-} ]] || die "$1 wants a value"
-        if [[ $1 == --lines ]]; then last=(--tail "$2"); else options+=(--since "$2") last=(); fi
+        local "${1#--}=$2"
         shift
         ;;
       *) die "$1: not for $name, whose container Docker keeps the log of: --follow, --lines N or --since WHEN" ;;
     esac
     shift
   done
-  docker logs "${last[@]}" "${options[@]}" "$id"
+  if [[ $since =~ ^([0-9]+)d$ ]]; then since=$((10#${BASH_REMATCH[1]} * 24))h; fi # Docker knows no days
+  if [[ -n $since ]]; then options+=(--since "$since"); else lines=${lines:-50}; fi
+  docker logs ${lines:+--tail "$lines"} "${options[@]}" "$id"
 }
 # Of what others made, on a machine that has a network.
 pull_missing() { # IMAGE

@@ -280,7 +280,7 @@ def status(project: Project, as_json: bool, watched: bool, containers: tuple[str
     if watched and as_json:
         raise click.UsageError("--watch is for people, --json for machines; ask for the JSON as often as you need it")
     settings = project.running_settings()
-    beside = dict(each.split("=", 1) for each in containers)
+    beside = {name: state for name, _, state in (each.partition("=") for each in containers) if state}
     if watched:
         watch(settings, beside)
     now = Status.now(settings, beside)
