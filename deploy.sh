@@ -486,8 +486,6 @@ pre_flight() { # CONFIG
   cli --config "$1" plan
 }
 
-is_demo() { [[ $1 == *.demo.json ]]; } # CONFIG
-
 # Not where .env names another program, or all is served elsewhere.
 needs_vllm() { # CONFIG
   [[ -z ${VLLM_UNIFIED_ENGINE_PROGRAM:-} ]] && ! grep -qs '^VLLM_UNIFIED_ENGINE_PROGRAM=.' "$(home)/.env" &&

@@ -17,7 +17,11 @@ compose_down() { compose --profile nginx --profile monitoring down; }
 
 image() { compose config --images vllm-unified 2>/dev/null; }
 # Of the profiles that are wanted.
-companion_images() { compose config --images 2>/dev/null | grep -vxF -- "$(image)" || true; }
+companion_images() {
+  local images
+  images=$(compose config --images) || return
+  grep -vxF -- "$(image)" <<<"$images" || true
+}
 project() { compose config --format json | sed -n 's/^  "name": "\(.*\)",$/\1/p'; }
 has_image() { docker image inspect "$1" >/dev/null 2>&1; } # IMAGE
 docker_answers() { command -v docker >/dev/null && timeout 10 docker info >/dev/null 2>&1; }
@@ -94,8 +98,9 @@ docker_pre_flight() {
 }
 
 companions_must_be_here() {
-  local image
-  for image in $(companion_images); do
+  local image images
+  images=$(companion_images)
+  for image in $images; do
     has_image "$image" ||
       die "the image $image of a profile (COMPOSE_PROFILES) is not on this machine; docker pull $image, or docker load -i FILE"
   done

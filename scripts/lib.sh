@@ -19,6 +19,7 @@ wrong_usage() {
   exit 2
 }
 
+is_demo() { [[ $1 == *.demo.json ]]; } # CONFIG
 home() { realpath "${VLLM_UNIFIED_HOME:-$PWD}"; }
 
 # WHEELS: of a release that came in a bundle, the folder with all its Python packages, which are for BUNDLE_PYTHON.
