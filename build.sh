@@ -153,8 +153,10 @@ expect() { # WHAT PART COMMAND…: the command's answer in the image has this pa
 
 # Those of others that the profiles of .env want. A start pulls nothing.
 pull_companions() {
-  local image
-  for image in $(companion_images); do pull_missing "$image"; done
+  local image images
+  docker compose version >/dev/null 2>&1 || return 0 # what is built needs none
+  images=$(companion_images) || die "$IMAGE was built; docker-compose.yml and .env do not fit together, the line above says where"
+  for image in $images; do pull_missing "$image"; done
 }
 
 push() {

@@ -34,6 +34,8 @@ usage: ./deploy.sh VERB [options]
                                   --errors: only these, and requests that failed by no fault of their clients
                                   --since: 30s, 10m, 2h, 3d, or a moment as 2026-11-22T15:00
                                   --lines: the last N (default 50; with --since, all)
+                                  In Docker nginx, prometheus and grafana each have a log of their own: logs nginx, with
+                                  --follow, --since and --lines alone
   health                          the router's own report; exit code 0 when healthy
   selftest [--json]               golden questions to every model; exit code 1 when one answers wrongly, 3 when it
                                   does not run
@@ -163,6 +165,7 @@ verb_restart() {
     local config runtime=$RUNTIME
     config=$(running_config)
     cli --config "$config" check --machine
+    [[ $runtime != docker ]] || docker_pre_flight
     stop
     if is_demo "$config"; then verb_start --demo "--$runtime"; else verb_start "--$runtime"; fi
     return
@@ -419,11 +422,10 @@ welcome() {
 }
 # nginx and Prometheus take up what `reload` has rendered; a configuration that they refuse leaves them as they are.
 reload_companions() {
-  local name id
+  local name
   for name in nginx prometheus; do
     if [[ $RUNTIME == docker ]]; then
-      id=$(companion "$name")
-      if [[ -n $id ]]; then docker kill --signal HUP "$id" >/dev/null; fi
+      reload_container "$name"
     elif supervisorctl status "$name" >/dev/null; then
       supervisorctl signal HUP "$name" >/dev/null
     fi
@@ -483,8 +485,6 @@ pre_flight() { # CONFIG
   fi
   cli --config "$1" plan
 }
-
-is_demo() { [[ $1 == *.demo.json ]]; } # CONFIG
 
 # Not where .env names another program, or all is served elsewhere.
 needs_vllm() { # CONFIG

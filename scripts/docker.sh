@@ -17,7 +17,11 @@ compose_down() { compose --profile nginx --profile monitoring down; }
 
 image() { compose config --images vllm-unified 2>/dev/null; }
 # Of the profiles that are wanted.
-companion_images() { compose config --images 2>/dev/null | grep -vxF -- "$(image)" || true; }
+companion_images() {
+  local images
+  images=$(compose config --images) || return
+  grep -vxF -- "$(image)" <<<"$images" || true
+}
 project() { compose config --format json | sed -n 's/^  "name": "\(.*\)",$/\1/p'; }
 has_image() { docker image inspect "$1" >/dev/null 2>&1; } # IMAGE
 docker_answers() { command -v docker >/dev/null && timeout 10 docker info >/dev/null 2>&1; }
@@ -30,17 +34,25 @@ containers() { # FORMAT
 }
 container() { containers '{{.ID}}' | sed -n 's/^vllm-unified //p' | head -n 1; }
 companion() { containers '{{.ID}}' | sed -n "s/^$1 //p"; } # nginx, prometheus or grafana: its container, or nothing
-# A line each: its name, = and what Docker knows of its health.
+# Not `docker kill`, after which Docker takes the container for one that was stopped by hand and does not restart it.
+reload_container() { # NAME
+  local id state
+  read -r id state < <(containers '{{.ID}} {{.State}}' | sed -n "s/^$1 //p") || return 0
+  if [[ $state != running ]]; then
+    say "$1 does not run ($state), and takes up what has changed when it starts" >&2
+  elif ! docker exec "$id" sh -c 'kill -HUP 1'; then
+    say "$1 was not told what has changed; docker restart $id does that" >&2
+  fi
+}
+# A line each: its name, = and what Docker knows of its health, as "Up 2 hours (health: starting)" says it.
 companion_states() {
-  local name id
-  while read -r name id; do
-    [[ $name != vllm-unified ]] || continue
-    say "$name=$(docker container inspect --format '{{if and .State.Running .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' "$id" 2>/dev/null || say gone)"
-  done < <(containers '{{.ID}}')
+  containers '{{.State}} {{.Status}}' | sed -nE '/^vllm-unified /d
+    s/^([^ ]+) running .*\((health: )?([a-z]+)\)$/\1=\3/p; t
+    s/^([^ ]+) ([a-z]+).*/\1=\2/p'
 }
 # What they write is Docker's alone.
 logs_of_companion() { # NAME [--follow] [--lines N] [--since WHEN]
-  local name=$1 id options=() last=(--tail 50)
+  local name=$1 id options=() lines='' since=''
   shift
   id=$(companion "$name")
   [[ -n $id ]] || die "$name has no container here; COMPOSE_PROFILES in .env says which ones there are"
@@ -49,14 +61,16 @@ logs_of_companion() { # NAME [--follow] [--lines N] [--since WHEN]
       -f | --follow) options+=(--follow) ;;
       --lines | --since)
         [[ -n ${2:-} ]] || die "$1 wants a value"
-        if [[ $1 == --lines ]]; then last=(--tail "$2"); else options+=(--since "$2") last=(); fi
+        local "${1#--}=$2"
         shift
         ;;
       *) die "$1: not for $name, whose container Docker keeps the log of: --follow, --lines N or --since WHEN" ;;
     esac
     shift
   done
-  docker logs "${last[@]}" "${options[@]}" "$id"
+  if [[ $since =~ ^([0-9]+)d$ ]]; then since=$((10#${BASH_REMATCH[1]} * 24))h; fi # Docker knows no days
+  if [[ -n $since ]]; then options+=(--since "$since"); else lines=${lines:-50}; fi
+  docker logs ${lines:+--tail "$lines"} "${options[@]}" "$id"
 }
 # Of what others made, on a machine that has a network.
 pull_missing() { # IMAGE
@@ -84,8 +98,9 @@ docker_pre_flight() {
 }
 
 companions_must_be_here() {
-  local image
-  for image in $(companion_images); do
+  local image images
+  images=$(companion_images)
+  for image in $images; do
     has_image "$image" ||
       die "the image $image of a profile (COMPOSE_PROFILES) is not on this machine; docker pull $image, or docker load -i FILE"
   done

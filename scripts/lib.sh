@@ -19,6 +19,7 @@ wrong_usage() {
   exit 2
 }
 
+is_demo() { [[ $1 == *.demo.json ]]; } # CONFIG
 home() { realpath "${VLLM_UNIFIED_HOME:-$PWD}"; }
 
 # WHEELS: of a release that came in a bundle, the folder with all its Python packages, which are for BUNDLE_PYTHON.
@@ -33,7 +34,7 @@ step() {
   local what=$1 log began=$SECONDS
   shift
   log=$(home)/run/logs/install.log
-  mkdir -p "${log%/*}"
+  (umask 077 && mkdir -p "${log%/*}")
   [[ -t 1 ]] || say "$what …"
   set -m # a process group of its own, so that an interrupted step ends with all that it started
   "$@" >>"$log" 2>&1 9>&- &

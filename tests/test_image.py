@@ -1,14 +1,17 @@
 """What the image's files say is compared with what they have to agree with. Built and run it is in tests/containers."""
 
 import re
+import signal
 import subprocess
 import tomllib
 
+import psutil
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.conftest import CHECKOUT, Project
+from tests.conftest import CHECKOUT, Project, eventually
 from vllm_unified.engines.keeper import LEAVING_SECONDS, SETTLING_SECONDS
 from vllm_unified.settings import Settings
 from vllm_unified.settings.schema import DEFAULT_PORTS, RouterSettings
@@ -63,6 +66,26 @@ def test_what_runs_beside_it_is_closed_too(project: Project) -> None:
     defaults = {field: str(getattr(environment, field)) for each in BY_NAME.values() for field in each.ports}
     published = re.findall(r"VLLM_(\w+):-(\d+)\}:", " ".join(" ".join(each["ports"]) for each in beside.values()))
     assert {name.lower(): port for name, port in published} == defaults
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_waits_for_ours_can_be_stopped(name: str) -> None:
+    (command,) = COMPOSE["services"][name]["command"]
+    assert command.startswith("trap 'exit 0' TERM QUIT INT; until [ -s /app/run/rendered/")
+    number = getattr(signal, COMPOSE["services"][name].get("stop_signal", "SIGTERM"))
+    waiting = subprocess.Popen(["/bin/sh", "-c", command.replace("/app/", "/nowhere/")])
+    try:
+        # Of its first moment, in which it has no trap, nothing is known.
+        eventually(lambda: psutil.Process(waiting.pid).children() != [])
+        waiting.send_signal(number)
+        assert waiting.wait(timeout=30) == 0
+    finally:
+        waiting.kill()
+
+
+def test_the_oldest_docker_takes_it() -> None:
+    """`start_interval` wants Docker 25."""
+    assert [name for name, each in COMPOSE["services"].items() if "start_interval" in each.get("healthcheck", {})] == []
 
 
 def project_with_nothing(project: Project) -> Settings:

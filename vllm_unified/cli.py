@@ -140,7 +140,8 @@ def check(project: Project, machine: bool, before: str | None) -> None:
         from vllm_unified.machine import notes_of_machine, problems_of_machine, to_be_fetched
         from vllm_unified.supervision.ask import programs
 
-        running = programs(settings.run) is not None
+        found = programs(settings.run)
+        running = None if found is None else [name for name, info in found.items() if info["pid"]]
         coming = {None: (), "fetching": to_be_fetched(settings), "making": settings.engines}[before]
         problems = problems_of_machine(settings, coming=coming, running=running)
         if problems:
@@ -280,7 +281,7 @@ def status(project: Project, as_json: bool, watched: bool, containers: tuple[str
     if watched and as_json:
         raise click.UsageError("--watch is for people, --json for machines; ask for the JSON as often as you need it")
     settings = project.running_settings()
-    beside = dict(each.split("=", 1) for each in containers)
+    beside = {name: state for name, _, state in (each.partition("=") for each in containers) if state}
     if watched:
         watch(settings, beside)
     now = Status.now(settings, beside)

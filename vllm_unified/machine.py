@@ -20,22 +20,24 @@ LONGEST_SOCKET_PATH = 95
 UNPRIVILEGED_PORTS = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
 
-def problems_of_machine(settings: Settings, *, coming: Collection[Model], running: bool) -> list[Problem]:
+def problems_of_machine(
+    settings: Settings, *, coming: Collection[Model], running: Collection[str] | None
+) -> list[Problem]:
     """Everything that would keep the models, or what runs beside them, from starting: devices, folder, weights, ports,
     memory, programs that are not installed.
 
-    `coming`: the models whose weights are about to be fetched or made. `running`: the deployment has its ports and
-    memory already.
+    `coming`: the models whose weights are about to be fetched or made. `running`: the programs of the deployment, which
+    have their ports and memory already; None where it does not run.
     """
     found: list[Problem] = []
     try:
-        plan_now(settings, running=running)
+        plan_now(settings, running=running is not None)
     except ConfigError as error:
         found += error.problems
     found += _unusable_folder(settings)
     found += missing_weights(settings, coming)
     found += _missing_programs(settings)
-    ports = [] if running else list(_taken_ports(settings))
+    ports = [*(_taken_ports(settings) if running is None else ()), *_taken_ports_of_companions(settings, running or ())]
     # Nginx tries its own as well.
     if {each.place for each in ports}.isdisjoint(map(variable_of, NGINX.ports)):
         found += _wrong_nginx(settings)
@@ -95,7 +97,13 @@ def _taken_ports(settings: Settings) -> Iterator[Problem]:
     for host, port, place in ports:
         if taken := port_taken(host, port):
             yield Problem(settings.shown_file, place, _of_port(port, taken))
+
+
+def _taken_ports_of_companions(settings: Settings, running: Collection[str]) -> Iterator[Problem]:
+    """Before a restart too, which may be the first with a profile."""
     for companion in supervised(settings):
+        if companion.name in running:
+            continue
         for host, port, field in companion.listens_on(settings):
             if taken := port_taken(host, port):
                 yield Problem(".env", variable_of(field), _of_port(port, taken))

@@ -23,10 +23,13 @@ no_options() {
   esac
 }
 
-# The profiles of this bundle go into an .env that says nothing of them, so that they can be seen and taken out there.
+profiles_in() { { sed -n 's/^COMPOSE_PROFILES=//p' "$1" 2>/dev/null || true; } | tail -n 1; } # FILE, which may be missing
+# The profiles of this bundle go into an .env that names none, so that they can be seen and taken out there.
 write_profiles() { # FILE
-  if [[ -z ${BUNDLE_PROFILES:-} ]] || grep -qs '^COMPOSE_PROFILES=' "$1"; then return; fi
-  (umask 077 && printf 'COMPOSE_PROFILES=%s\n' "$BUNDLE_PROFILES" >>"$1")
+  local line_end=''
+  if [[ -z ${BUNDLE_PROFILES:-} || -n $(profiles_in "$1") ]]; then return; fi
+  if [[ -s $1 && -n $(tail -c 1 "$1") ]]; then line_end=$'\n'; fi
+  (umask 077 && printf '%sCOMPOSE_PROFILES=%s\n' "$line_end" "$BUNDLE_PROFILES" >>"$1")
 }
 
 # ROOT: the unpacked folder. bundle.env says what is in it.

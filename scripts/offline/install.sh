@@ -149,7 +149,7 @@ taken_ports() {
 
 ports_of_profiles() {
   local profiles
-  profiles=$(sed -n 's/^COMPOSE_PROFILES=//p' "$TO/.env" 2>/dev/null | tail -n 1)
+  profiles=$(profiles_in "$TO/.env")
   if [[ ! -e $TO/config && -z $profiles ]]; then profiles=$BUNDLE_PROFILES; fi
   if [[ ,$profiles, == *,nginx,* ]]; then say NGINX:80 NGINX_TLS:443; fi
   if [[ ,$profiles, == *,monitoring,* ]]; then say PROMETHEUS:9090 GRAFANA:3000; fi
@@ -238,7 +238,7 @@ say_what_will_be_done() {
   esac
   if [[ -e $TO/config ]]; then
     say "keeps config/, .env, keys and jobs as they are"
-    if [[ -n $BUNDLE_PROFILES ]] && ! grep -qs '^COMPOSE_PROFILES=' "$TO/.env"; then
+    if [[ -n $BUNDLE_PROFILES && -z $(profiles_in "$TO/.env") ]]; then
       say "brings $BUNDLE_PROFILES; COMPOSE_PROFILES=$BUNDLE_PROFILES in $TO/.env switches that on"
     fi
   elif [[ -n $BUNDLE_PROFILES ]]; then

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundle.conftest import Unpack
+from tests.conftest import CHECKOUT
 from vllm_unified.bundle.contents import read_sums
 
 WEIGHTS = {
@@ -124,6 +125,26 @@ def test_a_full_disk_is_known_before(unpack: Unpack, tmp_path: Path) -> None:
     bundle = unpack(WEIGHTS, BUNDLE_MODEL_BYTES=str(10**15))
     done = run(bundle / "install.sh", "--to", "/dev/shm/vllm-unified-test", PATH=path_without("docker", tmp_path / "b"))
     assert "/dev/shm: needs 1000.0 TB" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "COMPOSE_PROFILES=nginx\n"),
+        ("A=1\n", "A=1\nCOMPOSE_PROFILES=nginx\n"),
+        ("A=1", "A=1\nCOMPOSE_PROFILES=nginx\n"),
+        ("COMPOSE_PROFILES=\n", "COMPOSE_PROFILES=\nCOMPOSE_PROFILES=nginx\n"),
+        ("COMPOSE_PROFILES=monitoring", "COMPOSE_PROFILES=monitoring"),
+    ],
+)
+def test_profiles_go_into_an_env_that_names_none(tmp_path: Path, before: str | None, after: str) -> None:
+    env = tmp_path / ".env"
+    if before is not None:
+        env.write_text(before)
+    command = 'source "$1"; BUNDLE_PROFILES=nginx; write_profiles "$2"'
+    common = CHECKOUT / "scripts/offline/common.sh"
+    subprocess.run(["bash", "-euo", "pipefail", "-c", command, "bash", common, env], check=True)
+    assert env.read_text() == after
 
 
 # --- from one release to another ---

@@ -1,15 +1,19 @@
 """nginx, Prometheus and Grafana: what is rendered for them, how they start, and what is said where they can not."""
 
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import API_KEY, CHECKOUT, Project, free_port, listening
+from tests.conftest import API_KEY, CHECKOUT, Project, eventually, free_port, listening
 from tests.supervision.test_conf import parsed
 from vllm_unified import machine
 from vllm_unified.console import welcome_text
+from vllm_unified.engines.keeper import port_taken
 from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
 from vllm_unified.supervision import companions
@@ -56,22 +60,42 @@ def test_programs_of_supervisord(project: Project, installed: Path) -> None:
     assert set(parsed(settings.run, supervisord_conf(loaded(project)))) == {"", "router"}
 
 
+# Starts what it is told, and waits until it is killed.
+PARENT = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+
+
+@pytest.mark.parametrize(("name", "variable"), [("nginx", "VLLM_NGINX_PORT"), ("prometheus", "VLLM_PROMETHEUS_PORT")])
+def test_none_of_them_outlives_supervisord(project: Project, name: str, variable: str) -> None:
+    """The real ones, with all their processes: none holds the port."""
+    port = free_port()
+    settings = loaded(project, **BOTH, **{variable: str(port)})
+    write(settings)
+    read = parsed(settings.run, supervisord_conf(settings))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, *shlex.split(read[name].command)])
+    try:
+        eventually(lambda: port_taken("127.0.0.1", port))
+    finally:
+        parent.kill()
+        parent.wait()
+    eventually(lambda: not port_taken("127.0.0.1", port))
+
+
 def test_what_is_not_installed_is_said_before_anything_starts(project: Project, installed: Path) -> None:
     settings = loaded(project, **BOTH)
-    problems = [str(each) for each in machine.problems_of_machine(settings, coming=(), running=False)]
+    problems = [str(each) for each in machine.problems_of_machine(settings, coming=(), running=None)]
     for name in ("nginx", "prometheus"):
         assert [each for each in problems if f"{name} is not installed; apt install {name}" in each]
     assert "grafana" not in "".join(problems)
     (note,) = machine.notes_of_machine(settings)
     assert note.startswith("Grafana is not installed")
     install(installed, "nginx", "prometheus", "grafana")
-    assert machine.problems_of_machine(settings, coming=(), running=True) == []
+    assert machine.problems_of_machine(settings, coming=(), running=()) == []
     assert list(machine.notes_of_machine(settings)) == []
 
 
 def test_in_a_container_nothing_is_missing(project: Project, installed: Path) -> None:
     settings = loaded(project, VLLM_UNIFIED_RUNTIME="docker", **BOTH)
-    assert machine.problems_of_machine(settings, coming=(), running=True) == []
+    assert machine.problems_of_machine(settings, coming=(), running=()) == []
     assert set(parsed(settings.run, supervisord_conf(settings))) == {"", "router"}
 
 
@@ -80,26 +104,33 @@ def test_ports_of_their_own(project: Project, installed: Path, monkeypatch: pyte
     port = free_port()
     settings = loaded(project, COMPOSE_PROFILES="monitoring", VLLM_PROMETHEUS_PORT=str(port))
     with listening(port):
-        (problem,) = machine.problems_of_machine(settings, coming=(), running=False)
+        (problem,) = machine.problems_of_machine(settings, coming=(), running=None)
+        (same,) = machine.problems_of_machine(
+            settings, coming=(), running=["router"]
+        )  # before a restart, which stops it
+        assert machine.problems_of_machine(settings, coming=(), running=["router", "prometheus"]) == []
+    assert str(problem) == str(same)
     assert str(problem).startswith(f".env: VLLM_PROMETHEUS_PORT: port {port} on 127.0.0.1: address already in use")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     said = machine._of_port(80, "port 80 on 127.0.0.1: permission denied")
     assert said.endswith("it is for root alone; name one from 1024 on, or run it as root")
 
 
-@pytest.mark.parametrize("environ", [BOTH, {"VLLM_UNIFIED_RUNTIME": "docker"}])
-def test_what_is_rendered(project: Project, environ: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("environ", "folder", "secret"), [(BOTH, 0o700, 0o600), ({"VLLM_UNIFIED_RUNTIME": "docker"}, 0o2755, 0o640)]
+)
+def test_what_is_rendered(project: Project, environ: dict[str, str], folder: int, secret: int) -> None:
     """In Docker whatever the profiles are: Compose may be asked for one by --profile."""
     settings = loaded(project, **environ)
     write(settings)
     modes = {path.relative_to(settings.rendered).as_posix(): path for path in settings.rendered.rglob("*")}
-    assert {name for name, path in modes.items() if path.stat().st_mode & 0o7777 == 0o640} == {
+    assert {name for name, path in modes.items() if path.stat().st_mode & 0o7777 == secret} == {
         "grafana/password",
         "prometheus/key",
     }
     for name, path in modes.items():
         assert path.stat().st_mode & 0o022 == 0, name
-        assert path.is_file() or path.stat().st_mode & 0o7777 == 0o2755, name
+        assert path.is_file() or path.stat().st_mode & 0o7777 == folder, name
     assert {"nginx/nginx.conf", "prometheus/prometheus.yml", "prometheus/rules/alerts.yml"} < set(modes)
     router = "vllm-unified:8000" if settings.in_containers else "127.0.0.1:8000"
     for name in ("nginx/nginx.conf", "prometheus/prometheus.yml"):
@@ -125,7 +156,7 @@ def test_a_template_that_is_wrong_stops_those_alone_who_want_nginx(project: Proj
     write(broken(VLLM_UNIFIED_RUNTIME="docker"))
     with pytest.raises(UserError, match=r"nginx\.conf"):
         write(broken(COMPOSE_PROFILES="nginx"))
-    problems = machine.problems_of_machine(broken(COMPOSE_PROFILES="nginx"), coming=(), running=True)
+    problems = machine.problems_of_machine(broken(COMPOSE_PROFILES="nginx"), coming=(), running=())
     assert [each for each in problems if "nothing" in str(each)]
 
 
@@ -158,8 +189,9 @@ def test_grafanas_password_is_made_once_and_said_once(project: Project, installe
     write(settings)
     password = (settings.rendered / "grafana/password").read_text()
     assert len(password) >= 20
-    first, second = welcome_text(settings), welcome_text(settings)
     kept = settings.home / "data/grafana.password"
+    assert kept.read_text() == password
+    first, second = welcome_text(settings), welcome_text(settings)
     assert f"user admin, password {password}   (this once; in {kept})" in first
     assert (password in second, f"user admin, password (in {kept})" in second) == (False, True)
     shutil.rmtree(settings.run)

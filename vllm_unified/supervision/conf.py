@@ -15,6 +15,8 @@ KEEPER_SECONDS = 20
 DOCUMENTS_SECONDS = 15
 # Prometheus writes what it holds, and Grafana closes its database.
 COMPANION_SECONDS = 30
+# Of themselves they go on when supervisord was killed, and keep their ports from the next start.
+ENDS_WITH_SUPERVISORD = ("setpriv", "--pdeathsig", "TERM", "--")
 
 
 def supervisord_conf(settings: Settings) -> str:
@@ -45,7 +47,12 @@ def supervisord_conf(settings: Settings) -> str:
             for model in keepers
         ),
         *(
-            _program(each.name, each.command(settings, binary), priority=each.priority, patience=COMPANION_SECONDS)
+            _program(
+                each.name,
+                [*ENDS_WITH_SUPERVISORD, *each.command(settings, binary)],
+                priority=each.priority,
+                patience=COMPANION_SECONDS,
+            )
             for each, binary in supervised(settings).items()
         ),
     ]

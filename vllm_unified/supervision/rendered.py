@@ -11,18 +11,21 @@ from vllm_unified.settings.environment import Profile
 from vllm_unified.supervision.nginx import nginx_files
 from vllm_unified.supervision.prometheus import prometheus_files
 
-# Group 0 is that of every container, and none of them has more than its own rights.
-FOLDER_MODE, FILE_MODE, SECRET_MODE = 0o2755, 0o644, 0o640
+FILE_MODE = 0o644
+# Of folders and secrets. Group 0 is that of every container, and none of them has more than its own rights.
+IN_CONTAINERS = (0o2755, 0o640)
+NATIVELY = (0o700, 0o600)
 SECRETS = (Path("prometheus/key"), Path("grafana/password"))
 
 
 def write_rendered(settings: Settings, files: dict[Path, str]) -> None:
     """`files`: those of `rendered_files`. Anew: what is there and no longer wanted goes."""
+    folder_mode, secret_mode = IN_CONTAINERS if settings.in_containers else NATIVELY
     for folder in sorted({parent for path in files for parent in path.parents[:-1]}):
         (settings.rendered / folder).mkdir(parents=True, exist_ok=True)
-        (settings.rendered / folder).chmod(FOLDER_MODE)
+        (settings.rendered / folder).chmod(folder_mode)
     for path, text in files.items():
-        _write(settings.rendered / path, text, SECRET_MODE if path in SECRETS else FILE_MODE)
+        _write(settings.rendered / path, text, secret_mode if path in SECRETS else FILE_MODE)
     for old in [path for path in settings.rendered.rglob("*") if path.is_file()]:
         if old.relative_to(settings.rendered) not in files:
             old.unlink()
@@ -56,27 +59,25 @@ PROFILES: dict[Profile, Callable[[Settings], dict[Path, str]]] = {"nginx": _of_n
 
 
 class Password:
-    """Grafana's, of the user admin. Made once, as Grafana keeps it with its data; it has a name of its own until
-    somebody was told it."""
+    """Grafana's, of the user admin. Made once, as Grafana keeps it with its data. A file beside it notes that somebody
+    was told it."""
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.home / "data" / "grafana.password"
-        self._untold = self.path.with_suffix(".password.new")
+        self._said = self.path.with_suffix(".password.said")
 
     def ensure(self) -> str:
-        for path in (self.path, self._untold):
-            if path.is_file():
-                return path.read_text(encoding="utf-8")
-        password = secrets.token_urlsafe(18)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _write(self._untold, password, 0o600)
-        return password
+        if not self.path.is_file():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _write(self.path, secrets.token_urlsafe(18), 0o600)
+            self._said.unlink(missing_ok=True)
+        return self.path.read_text(encoding="utf-8")
 
     def told(self) -> str | None:
         """The first time the password, from then on None."""
-        if not self._untold.is_file():
+        if self._said.exists() or not self.path.is_file():
             return None
-        self._untold.rename(self.path)
+        self._said.touch()
         return self.path.read_text(encoding="utf-8")
 
 
