@@ -76,6 +76,12 @@ def test_a_machine_without_the_gpu_that_is_asked_for(read: Read) -> None:
     assert found["disk_free_bytes", "run"] > 0
 
 
+def test_a_gpu_that_is_gone_leaves_the_others_their_numbers(read: Read) -> None:
+    devices = str(TOPOLOGIES / "half_filled.json")
+    found = read(VLLM_UNIFIED_DEVICES=devices, CUDA_VISIBLE_DEVICES="GPU-gone,1")
+    assert [key[1] for key in found if key[0] == "gpu_memory_bytes"] == ["1"]
+
+
 @pytest.fixture
 def engine() -> Iterator[Process]:
     """A process group of two, with 64 MiB."""

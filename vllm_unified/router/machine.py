@@ -189,8 +189,8 @@ def _host() -> Iterator[Metric]:
 
 def _gpus(settings: Settings) -> list[Device]:
     try:
-        found = read_devices(settings.environment.visible_devices, settings.devices_file)
-    except UserError:  # the driver does not answer, or a GPU is gone: `check --machine` and the keepers tell why
+        found = read_devices(settings.environment.visible_devices, settings.devices_file, skip_lost=True)
+    except UserError:  # the driver does not answer: `check --machine` and the keepers tell why
         return []
     return [device for device in found if device.kind == "cuda"]
 
