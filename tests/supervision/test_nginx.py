@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,27 @@ def test_half_of_a_certificate(project: Project, certificates: Path, left: str, 
     assert refused(project) == (
         f"{project.home}/config/tls/{missing}: missing beside {left}; put it there, or remove {left} for plain HTTP"
     )
+
+
+def test_a_certificate_where_root_alone_may_look(project: Project, certificates: Path) -> None:
+    project.write(CHAT)
+    write_nginx(project)
+    with_tls(project, certificates)
+    folder = project.home / "config" / "tls"
+    folder.chmod(0)
+    program = f"""
+from pathlib import Path
+from vllm_unified.settings import load
+from vllm_unified.supervision.nginx import nginx_files
+settings = load(Path({str(project.file)!r}), Path({str(project.home)!r}), {{}})
+print(settings.nginx_url, "ssl_certificate " in nginx_files(settings)[Path("nginx.conf")])
+"""
+    closed_to_root = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    try:
+        said = subprocess.run([*closed_to_root, sys.executable, "-c", program], capture_output=True, text=True)
+    finally:
+        folder.chmod(0o700)
+    assert said.stdout == "https://127.0.0.1:443 True\n", said.stderr
 
 
 def test_one_port_for_both(project: Project, certificates: Path) -> None:
