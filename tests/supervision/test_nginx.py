@@ -165,13 +165,6 @@ print(settings.nginx_url, "ssl_certificate " in nginx_files(settings)[Path("ngin
     assert said.stdout == "https://127.0.0.1:443 True\n", said.stderr
 
 
-def test_one_port_for_both(project: Project, certificates: Path) -> None:
-    with_tls(project, certificates)
-    assert refused(project, VLLM_NGINX_PORT="443") == (
-        "VLLM_NGINX_TLS_PORT: 443, as VLLM_NGINX_PORT, which leads to it; choose another"
-    )
-
-
 def test_a_folder_that_nginx_has_no_word_for(tmp_path: Path) -> None:
     (tmp_path / "a$b" / "config").mkdir(parents=True)
     project = Project(tmp_path / "a$b")

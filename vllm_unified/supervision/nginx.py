@@ -73,9 +73,6 @@ def _certificate(settings: Settings) -> dict[str, Path] | None:
     for path, other in ((certificate, key), (key, certificate)):
         if not is_there(path):
             raise UserError(f"{path}: missing beside {other.name}; put it there, or remove {other.name} for plain HTTP")
-    if settings.environment.nginx_port == settings.environment.nginx_tls_port:
-        port = settings.environment.nginx_port
-        raise UserError(f"VLLM_NGINX_TLS_PORT: {port}, as VLLM_NGINX_PORT, which leads to it; choose another")
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password=_no_password)
     except PermissionError:
