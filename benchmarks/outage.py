@@ -1,7 +1,7 @@
 """What an operator sees of an outage: the demonstration under mixed requests through Nginx, with one engine killed.
 
-Clients may see nothing but answers and clear errors, and Prometheus has to fire ModelDown and to take it back; otherwise
-it exits with 1. Which charts stayed empty is said: on a machine without a GPU those of GPUs do.
+Clients may see nothing but answers and clear errors, and Prometheus has to fire ModelDown and to take it back;
+otherwise it exits with 1. Which charts stayed empty is said: on a machine without a GPU those of GPUs do.
 """
 
 import argparse

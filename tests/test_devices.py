@@ -2,12 +2,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from tests.conftest import TOPOLOGIES
-from vllm_unified.devices import GIB, read_devices
+from vllm_unified.devices import GIB, held_on_gpus, read_devices
 from vllm_unified.errors import ConfigError, UserError
 
 MIG = TOPOLOGIES / "mig.json"
@@ -112,6 +114,27 @@ def test_a_topology_that_is_not_there(tmp_path: Path) -> None:
 def test_the_machine_itself_has_a_device() -> None:
     found = read_devices(None)
     assert found[0].total_bytes > found[0].free_bytes > 0
+
+
+def test_a_lost_gpu_hides_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(number: int) -> int:
+        if number == 1:
+            raise pynvml.NVMLError_GpuIsLost
+        return number
+
+    def processes(handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=7, usedGpuMemory=5), SimpleNamespace(pid=10 + handle, usedGpuMemory=None)]
+
+    driver = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 3,
+        "nvmlDeviceGetHandleByIndex": handle,
+        "nvmlDeviceGetComputeRunningProcesses": processes,
+    }
+    for name, stand_in in driver.items():
+        monkeypatch.setattr(pynvml, name, stand_in)
+    assert held_on_gpus() == {7: 10, 10: 0, 12: 0}
 
 
 def test_a_small_process_imports_nothing_large() -> None:

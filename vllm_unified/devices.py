@@ -4,11 +4,12 @@ Where they are read (NVML, or a file that stands in for the cards) is apart from
 (CUDA_VISIBLE_DEVICES), so that the choice needs no cards.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_unified.errors import UserError
 
@@ -62,32 +63,39 @@ class Gpu:
     parts: tuple["Gpu", ...] = ()
 
 
-def read_devices(visible: str | None, file: Path | None = None) -> list[Device]:
+def read_devices(visible: str | None, file: Path | None = None, *, skip_lost: bool = False) -> list[Device]:
     """The GPUs among `visible` (CUDA_VISIBLE_DEVICES; None: all), else the CPU alone.
 
     `file`: stands in for the cards of the machine, and is read again at each call. Raises UserError for what
-    `visible` names wrongly, ConfigError for what is wrong with the file.
+    `visible` names wrongly, ConfigError for what is wrong with the file. `skip_lost`: a GPU that `visible` names and
+    that is not there is left out in place of that, and the others keep their numbers.
     """
     if file is not None:
-        return _devices_of_file(file, visible)
+        return _devices_of_file(file, visible, skip_lost=skip_lost)
     gpus = _gpus_of_nvml()
-    return select(gpus, visible) if gpus else [_cpu_of_machine()]
+    return select(gpus, visible, skip_lost=skip_lost) if gpus else [_cpu_of_machine()]
 
 
-def select(gpus: Sequence[Gpu], visible: str | None) -> list[Device]:
+def select(gpus: Sequence[Gpu], visible: str | None, *, skip_lost: bool = False) -> list[Device]:
     """Numbered in the order in which `visible` names them, or else in the machine's own."""
+    chosen: dict[int, Gpu] = {}
     if visible is None:
-        chosen = [part for gpu in gpus for part in (gpu.parts or (gpu,))]
+        chosen.update(enumerate(part for gpu in gpus for part in (gpu.parts or (gpu,))))
     else:
-        tokens = [token.strip() for token in visible.split(",")]
-        chosen = [_named(token, gpus) for token in tokens]
-        for number, gpu in enumerate(chosen):
-            if gpu in chosen[:number]:
-                raise UserError(f"{VISIBLE}: {tokens[number]} is named twice; name each GPU once")
+        for number, token in enumerate(token.strip() for token in visible.split(",")):
+            with contextlib.suppress(*[_LostError] if skip_lost else []):
+                gpu = _named(token, gpus)
+                if gpu in chosen.values():
+                    raise UserError(f"{VISIBLE}: {token} is named twice; name each GPU once")
+                chosen[number] = gpu
     return [
         Device(index, "cuda", gpu.name, gpu.uuid, gpu.total_bytes, gpu.free_bytes, gpu.utilization)
-        for index, gpu in enumerate(chosen)
+        for index, gpu in chosen.items()
     ]
+
+
+class _LostError(UserError):
+    """`visible` names a GPU that is not there."""
 
 
 def _named(token: str, gpus: Sequence[Gpu]) -> Gpu:
@@ -97,7 +105,7 @@ def _named(token: str, gpus: Sequence[Gpu]) -> Gpu:
     if not found and token.startswith((WHOLE_GPU, MIG_PART)):
         found = [gpu for uuid, gpu in by_name.items() if uuid.startswith(token)]
     if not found:
-        raise UserError(f"{VISIBLE}: there is no GPU {token}; this machine has {', '.join(by_name)}")
+        raise _LostError(f"{VISIBLE}: there is no GPU {token}; this machine has {', '.join(by_name)}")
     if len(found) > 1:
         names = ", ".join(gpu.uuid for gpu in found)
         raise UserError(f"{VISIBLE}: {token} may be {names}; write more of the one that is meant")
@@ -177,7 +185,10 @@ def _mig_handles(handle: object) -> list[object]:
 
 
 def held_on_gpus() -> dict[int, int] | None:
-    """Bytes that each process holds on all GPUs; None where the driver does not tell, as in most containers."""
+    """Bytes that each process holds on all GPUs that answer; None where there is no driver.
+
+    In most containers the driver tells of no process.
+    """
     import pynvml
 
     try:
@@ -187,14 +198,24 @@ def held_on_gpus() -> dict[int, int] | None:
     held: Counter[int] = Counter()
     try:
         for number in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-            for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            for each in _processes_on(number):
                 held[each.pid] += each.usedGpuMemory or 0
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
     return held
+
+
+def _processes_on(number: int) -> list[Any]:
+    """None of a card that does not answer, as when it is lost; the others go on."""
+    import pynvml
+
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+        return list(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    except pynvml.NVMLError:
+        return []
 
 
 @dataclass(frozen=True)
@@ -258,12 +279,13 @@ def _cpu_of_machine() -> Device:
     return Device(0, "cpu", f"{psutil.cpu_count()} cores", "", memory.total, memory.available)
 
 
-def _devices_of_file(file: Path, visible: str | None) -> list[Device]:
+def _devices_of_file(file: Path, visible: str | None, *, skip_lost: bool) -> list[Device]:
     from vllm_unified.settings.load import read_topology
 
     entries = read_topology(file).devices
     if entries[0].kind == "gpu":
-        return select([_gpu_of_entry(entry, str(number)) for number, entry in enumerate(entries)], visible)
+        gpus = [_gpu_of_entry(entry, str(number)) for number, entry in enumerate(entries)]
+        return select(gpus, visible, skip_lost=skip_lost)
     return [
         Device(number, "cpu", entry.name, str(number) if len(entries) > 1 else "", *_memory_of_entry(entry))
         for number, entry in enumerate(entries)

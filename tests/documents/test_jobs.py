@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -228,6 +229,7 @@ class Service:
         self.room = Room()
         self.now = 0.0  # of the monotonic clock
         self.sent = 0
+        self.ended: list[tuple[str, str]] = []  # document, state
         self.store: Store
         self.jobs: Jobs
 
@@ -235,7 +237,14 @@ class Service:
     async def running(self) -> AsyncIterator[Jobs]:
         self.store = Store(self.folder / "documents.db")
         clock = (lambda: self.now) if self.now else time.monotonic
-        self.jobs = Jobs(self.store, self.work, lambda: self.limit, room=self.room, monotonic=clock)
+        self.jobs = Jobs(
+            self.store,
+            self.work,
+            lambda: self.limit,
+            room=self.room,
+            ended=lambda document: self.ended.append((document.id, document.state)),
+            monotonic=clock,
+        )
         await self.jobs.start()
         try:
             yield self.jobs
@@ -405,7 +414,9 @@ class TestFailure:
         store.close()
         async with service.running():
             assert (await service.done(killer)).state == "failed"
-            assert (await service.done(await service.accept("c 2"))).state == "succeeded"
+            other = await service.accept("c 2")
+            assert (await service.done(other)).state == "succeeded"
+        assert service.ended == [(killer, "failed"), (other, "succeeded")]
         assert service.work.inspected == ["c 2"]
 
     @in_a_loop
@@ -516,6 +527,40 @@ class TestCancel:
             await asyncio.sleep(0)
             asking.cancel()
             assert (await service.done(document)).state == "cancelled"
+
+    @pytest.mark.parametrize("verb", ["cancel", "delete"])
+    @in_a_loop
+    async def test_while_the_end_is_stored(self, service: Service, verb: str) -> None:
+        """It comes too late, and the end that was stored is noted nevertheless, once."""
+        is_stored, may_return = threading.Event(), threading.Event()
+        async with service.running() as jobs:
+            finish = service.store.finish
+
+            def slowly(*given: Any, **more: Any) -> bool:
+                ended = finish(*given, **more)
+                is_stored.set()
+                may_return.wait(20)
+                return ended
+
+            service.store.finish = slowly  # type: ignore[method-assign]
+            document = await service.accept("a 1")
+            await service.until(is_stored.is_set)
+            asking = asyncio.create_task(getattr(jobs, verb)(document))
+            await service.until(lambda: not jobs._active[document].tasks)
+            may_return.set()
+            late = pytest.raises(DocumentError, match="is succeeded; there is nothing to cancel")
+            with late if verb == "cancel" else contextlib.nullcontext():
+                await asking
+        assert service.ended == [(document, "succeeded")]
+
+    @in_a_loop
+    async def test_is_noted_once(self, service: Service) -> None:
+        service.limit = 0
+        async with service.running() as jobs:
+            document = await service.accept("a 1")
+            await jobs.cancel(document)
+            await jobs.delete(document)
+        assert service.ended == [(document, "cancelled")]
 
     @pytest.mark.parametrize("verb", ["status", "cancel", "delete", "retry_failed"])
     @in_a_loop

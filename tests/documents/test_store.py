@@ -320,8 +320,9 @@ class TestResume:
         for _ in range(MOST_STARTS):
             assert [each.id for each in store.resume(90.0)] == [document]
             store.attempt(document)
-        assert store.resume(90.0) == []
-        ended = store.get(document)
+        [ended] = store.resume(90.0)
+        assert store.resume(90.5) == []
+        assert ended == store.get(document)
         assert (ended.state, ended.finished_at, ended.error[:25]) == ("failed", 90.0, "the service ended 5 times")
         store.retry_failed(document, "", 91.0)
         assert [each.id for each in store.resume(92.0)] == [document]

@@ -300,6 +300,54 @@ def test_environment(project: Project, environ: dict[str, str], line: str | None
         assert lines == [line]
 
 
+BESIDE = {"COMPOSE_PROFILES": "nginx,monitoring"}
+DOCKER = {"VLLM_UNIFIED_RUNTIME": "docker"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "line"),
+    [
+        ({"VLLM_NGINX_PORT": "8000"}, "VLLM_NGINX_PORT: 8000 is already used by the router"),
+        ({"VLLM_GRAFANA_PORT": "8010"}, "VLLM_GRAFANA_PORT: 8010 is already used by the document service"),
+        ({"VLLM_PROMETHEUS_PORT": "8001"}, 'VLLM_PROMETHEUS_PORT: 8001 is already used by "a"'),
+        ({"VLLM_ROUTER_PORT": "9090"}, "VLLM_PROMETHEUS_PORT: 9090 is already used by the router"),
+        ({"VLLM_GRAFANA_PORT": "80"}, "VLLM_GRAFANA_PORT: 80 is already used by Nginx"),
+        ({"VLLM_GRAFANA_PORT": "9090"}, "VLLM_GRAFANA_PORT: 9090 is already used by Prometheus"),
+        ({"VLLM_NGINX_TLS_PORT": "80"}, "VLLM_NGINX_TLS_PORT: 80 is already used by Nginx"),
+        ({"VLLM_GRAFANA_PORT": "443"}, "VLLM_GRAFANA_PORT: 443 is already used by Nginx for HTTPS"),
+        (
+            {"VLLM_NGINX_PORT": "8000", "VLLM_NGINX_HOST": "0.0.0.0"},
+            "VLLM_NGINX_PORT: 8000 is already used by the router",
+        ),
+        (
+            {"VLLM_NGINX_PORT": "8000", "VLLM_NGINX_HOST": "localhost"},
+            "VLLM_NGINX_PORT: 8000 is already used by the router",
+        ),
+        ({**DOCKER, "VLLM_GRAFANA_PORT": "9090"}, "VLLM_GRAFANA_PORT: 9090 is already used by Prometheus"),
+        ({**DOCKER, "VLLM_PROMETHEUS_PORT": "8000"}, "VLLM_PROMETHEUS_PORT: 8000 is already used by the router"),
+    ],
+)
+def test_ports_of_what_runs_beside(project: Project, environ: dict[str, str], line: str) -> None:
+    project.write({"a": CHAT, "b": {"name": "b", "type": "ocr"}})
+    (project.home / "config" / "tls").mkdir()
+    (project.home / "config" / "tls" / "cert.pem").touch()
+    assert lines_of(project, {**BESIDE, **environ}) == [f"environment: {line}; choose another"]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"VLLM_NGINX_PORT": "8000"},  # which nobody wants
+        {**BESIDE, "VLLM_NGINX_TLS_PORT": "80"},  # without a certificate
+        {**BESIDE, "VLLM_NGINX_PORT": "8000", "VLLM_NGINX_HOST": "10.1.2.3"},
+        {**BESIDE, **DOCKER, "VLLM_GRAFANA_PORT": "8010"},  # of a container that has its own 8010
+    ],
+)
+def test_ports_that_do_not_meet(project: Project, environ: dict[str, str]) -> None:
+    project.write({"a": CHAT, "b": {"name": "b", "type": "ocr"}})
+    project.load(environ)
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [

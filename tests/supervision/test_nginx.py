@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,25 @@ def test_half_of_a_certificate(project: Project, certificates: Path, left: str, 
     )
 
 
-def test_one_port_for_both(project: Project, certificates: Path) -> None:
+def test_a_certificate_where_root_alone_may_look(project: Project, certificates: Path) -> None:
+    project.write(CHAT)
+    write_nginx(project)
     with_tls(project, certificates)
-    assert refused(project, VLLM_NGINX_PORT="443") == (
-        "VLLM_NGINX_TLS_PORT: 443, as VLLM_NGINX_PORT, which leads to it; choose another"
-    )
+    folder = project.home / "config" / "tls"
+    folder.chmod(0)
+    program = f"""
+from pathlib import Path
+from vllm_unified.settings import load
+from vllm_unified.supervision.nginx import nginx_files
+settings = load(Path({str(project.file)!r}), Path({str(project.home)!r}), {{}})
+print(settings.nginx_url, "ssl_certificate " in nginx_files(settings)[Path("nginx.conf")])
+"""
+    closed_to_root = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    try:
+        said = subprocess.run([*closed_to_root, sys.executable, "-c", program], capture_output=True, text=True)
+    finally:
+        folder.chmod(0o700)
+    assert said.stdout == "https://127.0.0.1:443 True\n", said.stderr
 
 
 def test_a_folder_that_nginx_has_no_word_for(tmp_path: Path) -> None:

@@ -309,7 +309,10 @@ class Jobs:
     async def start(self) -> None:
         """Go on with what the last run left."""
         for document in await self._ask(self._store.resume, self._clock()):
-            self._add(document)
+            if document.is_finished:
+                self._note_end(document)
+            else:
+                self._add(document)
         self._loop = asyncio.create_task(self._run(), name="documents")
 
     async def stop(self) -> None:
@@ -431,7 +434,7 @@ class Jobs:
         async with self._accepting:  # no retry begins it anew meanwhile
             await self._give_up(document)
             was_unfinished = await self._insist(self._store.cancel, document, self._clock())
-            status = await self._ended(document, was_unfinished=was_unfinished)
+            status = await self._ended(document)
         if not was_unfinished:
             message = f"document {document} is {status.state}; there is nothing to cancel"
             raise DocumentError(409, message, code="document_finished")
@@ -440,8 +443,8 @@ class Jobs:
     async def _delete(self, document: str) -> None:
         async with self._accepting:
             await self._give_up(document)
-            was_unfinished = await self._insist(self._store.cancel, document, self._clock())
-            await self._ended(document, was_unfinished=was_unfinished)
+            await self._insist(self._store.cancel, document, self._clock())
+            await self._ended(document)
             await self._insist(self._store.delete, document)
 
     async def _give_up(self, document: str) -> None:
@@ -453,12 +456,15 @@ class Jobs:
             turns.remove(active.document.key, document)
         await _end(active.tasks)
 
-    async def _ended(self, document: str, *, was_unfinished: bool = True) -> Status:
-        """Its end is stored, and nothing was awaited since: a retry that is stored next adds it anew."""
-        self._active.pop(document, None)
+    async def _ended(self, document: str) -> Status:
+        """Its end is stored, and nothing was awaited since: a retry that is stored next adds it anew.
+
+        A cancellation may come while an end is stored, or after it: who finds the document active notes its end.
+        """
+        active = self._active.pop(document, None)
         self._placed_at = -math.inf
         ended = await self._insist(self._store.get, document)
-        if was_unfinished:
+        if active is not None:
             self._note_end(ended)
         status = _status(ended)
         self._tell(status)

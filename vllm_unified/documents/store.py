@@ -415,13 +415,16 @@ class Store:
             return [(number, reason) for number, reason in connection.execute(wanted)]
 
     def resume(self, now: float) -> list[Document]:
-        """At the start, before all else: what was running is queued again. The unfinished documents, oldest first.
+        """At the start, before all else: what was running is queued again.
 
-        A page, or a document, that was begun MOST_STARTS times and never ended has failed.
+        A page, or a document, that was begun MOST_STARTS times and never ended has failed. Returned are the documents
+        that did so now, then the unfinished ones, oldest first.
         """
+        failed_now = []
         for document in self._killers():
             log.error("document %s: %s", document, KILLER)
             self.finish(document, "failed", now, error=KILLER)
+            failed_now.append(self.get(document))
         running = PAGES.c.document.in_(_unfinished_ids()) & (PAGES.c.state == "running")
         with self._transaction() as connection:
             killers = select(PAGES.c.document, PAGES.c.number).where(running, PAGES.c.attempts >= MOST_STARTS)
@@ -433,7 +436,7 @@ class Store:
             connection.execute(update(PAGES).where(running).values(state="queued"))
             connection.execute(update(DOCUMENTS).where(DOCUMENTS.c.state == "running").values(state="queued"))
             unfinished = _all_documents().where(DOCUMENTS.c.state.in_(UNFINISHED)).order_by(DOCUMENTS.c.arrival)
-            return [_document(row) for row in connection.execute(unfinished)]
+            return [*failed_now, *(_document(row) for row in connection.execute(unfinished))]
 
     def expired(self, before: float, total_bytes: int) -> list[str]:
         """Documents that finished before that time, and the oldest finished until the sizes of all others together

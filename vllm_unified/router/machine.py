@@ -1,9 +1,11 @@
 """What the router runs on, for Prometheus: the host, its GPUs, its disks, the certificate, what each engine holds."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,10 +18,13 @@ from vllm_unified.held import gpu_memory_of, memory_of, processes_of
 from vllm_unified.router.families import Labels, counter, gauge
 from vllm_unified.router.replica import Replica
 from vllm_unified.settings import Settings
+from vllm_unified.state import Process
 
 READING_SECONDS = 10.0
-# The first scrape waits so long for its readings; a later one is told those before.
-FIRST_SECONDS = 2.0
+# A reading that is later than this is not awaited: what was told until then is told no more.
+LATE_SECONDS = 50.0
+# A scrape waits so long for readings where there is nothing to tell; another is told those before.
+WAIT_SECONDS = 2.0
 # What the kernel takes to tell an engine's memory, in which it looks at every page, is this share of the time at most.
 MEMORY_SHARE = 1 / 500
 FOLDERS = ("models", "data", "run")
@@ -42,56 +47,132 @@ log = logging.getLogger(__name__)
 
 
 class Machine(Collector):
-    """Disks and drivers may take long, or hang, so a thread reads them: after a scrape, and at most each 10 s."""
+    """Disks, drivers and processes may hang, so that a thread reads each: after a scrape, and at most every 10 s.
 
-    def __init__(self, settings: Callable[[], Settings], replicas: Callable[[], Iterable[Replica]]) -> None:
-        self._settings = settings
+    What was read is told until the next reading is late, mostly for a minute. `monotonic`: it never goes back.
+    """
+
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        replicas: Callable[[], Iterable[Replica]],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._replicas = replicas
-        self._found: list[Metric] = []
-        self._memory: list[Metric] = []
-        self._memory_again_at = 0.0
-        self._read_again_at = 0.0
+        self._monotonic = monotonic
+        self._parts = (
+            *(_Part(f"the disk of {name}", partial(_disk, settings, name), monotonic) for name in FOLDERS),
+            _Part("the GPUs", lambda: _of_gpus(_gpus(settings())), monotonic),
+            _Part("the certificate", lambda: _certificate(settings().home), monotonic),
+            _Part("what engines hold on GPUs", self._gpu_memory, monotonic),
+        )
+        self._memory: dict[tuple[str, Process], _EngineMemory] = {}
         self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
-        self._read_again()
+        parts = [*self._parts, *self._memory_parts()]
+        self._read_again(parts)
         yield from _host()
-        yield from self._found
+        yield from _merged(family for part in parts for family in part.told())
 
-    def _read_again(self) -> None:
+    def _memory_parts(self) -> list["_EngineMemory"]:
+        """Those of the engines that run now: what one that is gone held is told no more."""
         with self._lock:
-            now = time.monotonic()
-            if now < self._read_again_at:
-                return
-            self._read_again_at = float("inf")
-        thread = threading.Thread(target=self._read, name="machine", daemon=True)
+            self._memory = {
+                each: self._memory.get(each) or _EngineMemory(*each, self._monotonic)
+                for each in self._engines().items()
+            }
+            return list(self._memory.values())
+
+    def _read_again(self, parts: Iterable["_Part"]) -> None:
+        awaited = [thread for part in parts if (thread := part.begin()) and not part.is_fresh]
+        deadline = time.monotonic() + WAIT_SECONDS
+        for thread in awaited:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _engines(self) -> dict[str, Process]:
+        states = {each.name: each.engine for each in self._replicas()}
+        return {
+            key: state.engine for key, state in states.items() if state and state.engine and state.engine.is_alive()
+        }
+
+    def _gpu_memory(self) -> Iterator[Metric]:
+        engines = self._engines()
+        groups = processes_of([leader.pid for leader in engines.values()])
+        held = held_on_gpus()
+        values = {(key,): gpu_memory_of(groups[leader.pid], held) for key, leader in engines.items()}
+        yield gauge("engine_gpu_memory_bytes", "Of all GPUs, held by the engine", ("model",), _told(values))
+
+
+class _Part:
+    """What one thread reads: not again while it hangs."""
+
+    def __init__(self, name: str, read: Callable[[], Iterable[Metric]], monotonic: Callable[[], float]) -> None:
+        self.pause = READING_SECONDS
+        self._name = name
+        self._read = read
+        self._monotonic = monotonic
+        self._found: list[Metric] = []
+        self._fresh_until = -math.inf
+        self._again_at = -math.inf
+        self._has_failed = False
+        self._lock = threading.Lock()
+
+    @property
+    def is_fresh(self) -> bool:
+        return self._monotonic() < self._fresh_until
+
+    def told(self) -> list[Metric]:
+        return self._found if self.is_fresh else []
+
+    def begin(self) -> threading.Thread | None:
+        """None where it is not yet time."""
+        with self._lock:
+            if self._monotonic() < self._again_at:
+                return None
+            self._again_at = math.inf
+        thread = threading.Thread(target=self._run, name="machine", daemon=True)
         thread.start()
-        if not self._found:
-            thread.join(FIRST_SECONDS)
+        return thread
 
-    def _read(self) -> None:
-        began = time.monotonic()
+    def _run(self) -> None:
+        began = self._monotonic()
         try:
-            settings = self._settings()
-            devices = _gpus(settings)
-            if began >= self._memory_again_at:
-                self._memory = list(self._engines(on_gpus=bool(devices)))
-                took = time.monotonic() - began
-                self._memory_again_at = began + took / MEMORY_SHARE
-            self._found = [*_of_gpus(devices), *_disks(settings.home), *_certificate(settings.home), *self._memory]
+            self._found = list(self._read())
+            self._fresh_until = began + self.pause + LATE_SECONDS
+            self._has_failed = False
         except Exception:
-            log.exception("reading the machine's metrics failed; it is tried again")
+            if not self._has_failed:
+                log.exception("metrics: reading %s failed; it is tried again", self._name)
+            self._has_failed = True
         finally:
-            self._read_again_at = began + READING_SECONDS
+            self._again_at = began + self.pause
 
-    def _engines(self, *, on_gpus: bool) -> Iterator[Metric]:
-        leaders = {each.name: each.engine.engine.pid for each in self._replicas() if each.engine and each.engine.engine}
-        groups = processes_of(leaders.values())
-        held = held_on_gpus() if on_gpus else None
-        memory = {(key,): memory_of(groups[leader]) for key, leader in leaders.items()}
-        gpu_memory = {(key,): gpu_memory_of(groups[leader], held) for key, leader in leaders.items()}
-        yield gauge("engine_memory_bytes", "Of the host's memory, held by the engine", ("model",), _told(memory))
-        yield gauge("engine_gpu_memory_bytes", "Of all GPUs, held by the engine", ("model",), _told(gpu_memory))
+
+class _EngineMemory(_Part):
+    """`leader`: of the engine's process group."""
+
+    def __init__(self, key: str, leader: Process, monotonic: Callable[[], float]) -> None:
+        super().__init__(f'the memory of "{key}"', self._measured, monotonic)
+        self._key = key
+        self._leader = leader
+
+    def _measured(self) -> Iterator[Metric]:
+        group = processes_of([self._leader.pid])[self._leader.pid]
+        began = time.monotonic()
+        size = memory_of(group)
+        self.pause = max(READING_SECONDS, (time.monotonic() - began) / MEMORY_SHARE)
+        values = _told({(self._key,): size})
+        yield gauge("engine_memory_bytes", "Of the host's memory, held by the engine", ("model",), values)
+
+
+def _merged(families: Iterable[Metric]) -> Iterable[Metric]:
+    """Each family once, with the samples of all parts."""
+    merged: dict[str, Metric] = {}
+    for family in families:
+        whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        whole.samples += family.samples
+    return merged.values()
 
 
 def _told(values: Mapping[tuple[str], float | None]) -> dict[Labels, float]:
@@ -108,8 +189,8 @@ def _host() -> Iterator[Metric]:
 
 def _gpus(settings: Settings) -> list[Device]:
     try:
-        found = read_devices(settings.environment.visible_devices, settings.devices_file)
-    except UserError:  # the driver does not answer, or a GPU is gone: `check --machine` and the keepers tell why
+        found = read_devices(settings.environment.visible_devices, settings.devices_file, skip_lost=True)
+    except UserError:  # the driver does not answer: `check --machine` and the keepers tell why
         return []
     return [device for device in found if device.kind == "cuda"]
 
@@ -125,12 +206,11 @@ def _of_gpus(gpus: list[Device]) -> Iterator[Metric]:
         yield gauge(name, text, ("gpu",), _told(values))
 
 
-def _disks(home: Path) -> Iterator[Metric]:
-    usages = {(name,): psutil.disk_usage(str(_existing(home / name))) for name in FOLDERS}
-    sizes: dict[Labels, float] = {labels: usage.used + usage.free for labels, usage in usages.items()}
-    free: dict[Labels, float] = {labels: usage.free for labels, usage in usages.items()}
-    yield gauge("disk_bytes", "Size of the disk that the folder is on", ("folder",), sizes)
-    yield gauge("disk_free_bytes", "What may still be written there", ("folder",), free)
+def _disk(settings: Callable[[], Settings], name: str) -> Iterator[Metric]:
+    usage = psutil.disk_usage(str(_existing(settings().home / name)))
+    text = "Size of the disk that the folder is on"
+    yield gauge("disk_bytes", text, ("folder",), {(name,): usage.used + usage.free})
+    yield gauge("disk_free_bytes", "What may still be written there", ("folder",), {(name,): usage.free})
 
 
 def _existing(folder: Path) -> Path:

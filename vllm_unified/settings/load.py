@@ -6,7 +6,7 @@ Precedence, highest first: environment variable, the model's own field, vllm_con
 import ipaddress
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -50,6 +50,7 @@ from vllm_unified.settings.schema import (
 File = TypeVar("File", bound=BaseModel)
 # Ours, of docker-compose.yml.
 SERVICE = "vllm-unified"
+DOCUMENTS_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Settings:
 
     @property
     def has_certificate(self) -> bool:
-        return (self.home / "config" / "tls" / "cert.pem").is_file()
+        return is_there(self.home / "config" / "tls" / "cert.pem")
 
     @property
     def nginx_url(self) -> str:
@@ -161,7 +162,7 @@ class Settings:
 
     @property
     def documents_url(self) -> str:
-        return _url("127.0.0.1", self.documents.port)
+        return _url(DOCUMENTS_HOST, self.documents.port)
 
     def engine_url(self, model: Model) -> str:
         """Where this machine reaches the model's own server."""
@@ -205,9 +206,18 @@ def load(file: Path, home: Path, environ: Mapping[str, str]) -> Settings:
         in_containers=environ.get(RUNTIME_VARIABLE) == "docker",
     )
     _check_together(settings, shown, problems)
+    _check_ports_beside(settings, variables, problems)
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def is_there(path: Path) -> bool:
+    """Also where we may not look: Nginx' master, as root, reads folders that are closed to us."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
 
 
 def read_topology(file: Path) -> Topology:
@@ -458,6 +468,39 @@ def _check_together(settings: Settings, shown: str, problems: list[Problem]) -> 
                 message = f'the name "{name}" is already used by "{names[name]}"; every name must lead to one model'
                 problems.append(Problem(shown, f"models.{model.key}.name", message))
             names.setdefault(name, model.key)
+
+
+def _check_ports_beside(settings: Settings, variables: Variables, problems: list[Problem]) -> None:
+    """Those of Nginx, Prometheus and Grafana, where a profile wants them; in Docker they are published on one host."""
+    taken = [(settings.environment.router_host, settings.router.port, "the router")]
+    if settings.reads_documents and not settings.in_containers:
+        taken.append((DOCUMENTS_HOST, settings.documents.port, "the document service"))
+    taken += [(settings.environment.engine_host, model.port, f'"{model.key}"') for model in settings.engines]
+    for host, field, who in _listening_beside(settings):
+        port, name = getattr(settings.environment, field), variable_of(field)
+        other = next((each for at, used, each in taken if used == port and _overlap(at, host)), None)
+        if other:
+            message = f"{port} is already used by {other}; choose another"
+            problems.append(Problem(variables.file_of(name), name, message))
+        taken.append((host, port, who))
+
+
+def _listening_beside(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Host, field of the port, and who listens."""
+    environment = settings.environment
+    if "nginx" in environment.profiles:
+        yield environment.nginx_host, "nginx_port", "Nginx"
+        if settings.has_certificate or settings.in_containers:  # docker-compose.yml publishes it in any case
+            yield environment.nginx_host, "nginx_tls_port", "Nginx for HTTPS"
+    if "monitoring" in environment.profiles:
+        yield environment.monitoring_host, "prometheus_port", "Prometheus"
+        yield environment.monitoring_host, "grafana_port", "Grafana"
+
+
+def _overlap(host: str, other: str) -> bool:
+    """Whether both can't have the same port."""
+    one, two = (ipaddress.ip_address("127.0.0.1" if each == "localhost" else each) for each in (host, other))
+    return one == two or one.is_unspecified or two.is_unspecified
 
 
 def _is_this_machine(host: str, listens_on: str) -> bool:

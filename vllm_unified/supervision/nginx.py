@@ -12,6 +12,7 @@ import jinja2
 
 from vllm_unified.errors import UserError
 from vllm_unified.settings import Settings
+from vllm_unified.settings.load import is_there
 from vllm_unified.supervision.companions import NGINX, nginx_command, supervised
 
 TEMPLATE = Path("config/nginx.conf")
@@ -95,14 +96,11 @@ def _in_a_container(settings: Settings) -> dict[str, Any]:
 def _certificate(settings: Settings) -> dict[str, Path] | None:
     """None where there is none. Raises UserError for one that Nginx could not use."""
     certificate, key = (settings.home / path for path in (CERTIFICATE, CERTIFICATE_KEY))
-    if not certificate.exists() and not key.exists():
+    if not is_there(certificate) and not is_there(key):
         return None
     for path, other in ((certificate, key), (key, certificate)):
-        if not path.exists():
+        if not is_there(path):
             raise UserError(f"{path}: missing beside {other.name}; put it there, or remove {other.name} for plain HTTP")
-    if settings.environment.nginx_port == settings.environment.nginx_tls_port:
-        port = settings.environment.nginx_port
-        raise UserError(f"VLLM_NGINX_TLS_PORT: {port}, as VLLM_NGINX_PORT, which leads to it; choose another")
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password=_no_password)
     except PermissionError:
