@@ -134,6 +134,24 @@ bundle_problems() {
     say "$TO/releases/$VERSION: another release of the same name; make the bundle with a --version of its own"
   fi
   if [[ ! -e $TO/current ]]; then taken_ports; fi
+  if [[ $BUNDLE_RUNTIME == docker ]]; then missing_images; fi
+}
+
+# Of the profiles that .env names already: an upgrade starts them too, and a start pulls nothing.
+missing_images() {
+  local variable image
+  for variable in $(images_of_profiles); do
+    image=$(sed -n "s/^$variable=//p" "$TO/.env" 2>/dev/null | tail -n 1)
+    image=${image:-$(sed -n "s/^$variable=//p" "$ROOT/release/scripts/versions.env")}
+    if [[ " ${BUNDLE_COMPANIONS:-} " == *" $image "* ]] || docker image inspect "$image" >/dev/null 2>&1; then continue; fi
+    say "the image $image is not here, which COMPOSE_PROFILES in $TO/.env wants; bring a bundle that has it (--with-nginx, --with-monitoring), or docker load -i FILE"
+  done
+}
+images_of_profiles() {
+  local profiles
+  profiles=$(profiles_in "$TO/.env")
+  if [[ ,$profiles, == *,nginx,* ]]; then say NGINX_IMAGE; fi
+  if [[ ,$profiles, == *,monitoring,* ]]; then say PROMETHEUS_IMAGE GRAFANA_IMAGE; fi
 }
 
 taken_ports() {

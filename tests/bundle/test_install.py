@@ -214,3 +214,15 @@ def test_ports_can_be_named_before(unpack: Unpack, host: Host) -> None:
         taken = host.install(bundle)
     assert (taken.returncode, f"port {port} is taken" in taken.stderr) == (1, True)
     host.installed(bundle)
+
+
+def test_images_of_profiles_are_missed_before_anything_is_stopped(unpack: Unpack, host: Host) -> None:
+    host.installed(bundle_of(unpack, OLD))
+    with (host.site / ".env").open("a") as file:
+        file.write("COMPOSE_PROFILES=nginx\nNGINX_IMAGE=mine/nginx:1\n")
+    (host.bin / "loaded").unlink()
+    calls = host.calls()
+    done = host.install(bundle_of(unpack, NEW, "v2"))
+    assert (done.returncode, "the image mine/nginx:1 is not here" in done.stderr) == (1, True), done.stderr
+    assert host.calls() == calls
+    assert os.readlink(host.site / "current") == "releases/v1"
