@@ -173,13 +173,13 @@ def test_what_nginx_itself_refuses(project: Project) -> None:
     with pytest.raises(UserError) as error:
         write(settings)
     assert (str(error.value), conf.read_text()) == (said, good)
-    assert [str(each) for each in machine.problems_of_machine(settings, coming=(), running=False)] == [said]
+    assert [str(each) for each in machine.problems_of_machine(settings, coming=(), running=None)] == [said]
     assert not (settings.run / "nginx").exists()
 
 
 def test_a_port_that_nginx_can_not_have_is_said_once(project: Project) -> None:
     settings = loaded(project, COMPOSE_PROFILES="nginx", VLLM_NGINX_HOST="192.0.2.1")
-    (problem,) = machine.problems_of_machine(settings, coming=(), running=False)
+    (problem,) = machine.problems_of_machine(settings, coming=(), running=None)
     assert str(problem).startswith(".env: VLLM_NGINX_PORT: ")
 
 

@@ -282,7 +282,7 @@ OVERVIEW = Dashboard(
                     "Expected wait of the next request",
                     "s",
                     (Query(wait()),),
-                    "What a request that comes now waits for a slot; without max_concurrent, what the engine's queue takes.",
+                    "A request that comes now waits so long for a slot; without max_concurrent, in the engine's queue.",
                     limits=(10, 30),
                 ),
                 Chart(
