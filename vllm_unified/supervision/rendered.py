@@ -77,7 +77,7 @@ class Password:
         """The first time the password, from then on None."""
         if self._said.exists() or not self.path.is_file():
             return None
-        self._said.touch()
+        self._said.touch(mode=0o600)
         return self.path.read_text(encoding="utf-8")
 
 
