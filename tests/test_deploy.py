@@ -205,7 +205,7 @@ def test_logs(deployed: Deployed) -> None:
     command = [DEPLOY, "logs", "chat", "--follow"]
     with subprocess.Popen(command, env=deployed.environ, stdout=subprocess.PIPE, text=True) as follow:
         assert follow.stdout is not None
-        assert "keeper: started" in follow.stdout.readline()
+        assert any("keeper: started" in line for line in iter(follow.stdout.readline, ""))
         stopped = deployed.run("stop")
         assert stopped.returncode == 0, stopped.stderr
         assert any("keeper: stopped" in line for line in iter(follow.stdout.readline, ""))

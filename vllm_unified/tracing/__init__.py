@@ -1,6 +1,6 @@
 """OpenTelemetry's traces: one for a request, from the router through the document service into vLLM.
 
-Off unless OTEL_EXPORTER_OTLP_ENDPOINT is set, and then nothing of OpenTelemetry is imported. What travels with a
+Off unless OTEL_EXPORTER_OTLP_ENDPOINT is set, and then we load nothing of OpenTelemetry. What travels with a
 request, W3C's traceparent, is ours: https://www.w3.org/TR/trace-context/#traceparent-header
 """
 
