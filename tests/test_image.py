@@ -73,7 +73,7 @@ def test_what_waits_for_ours_can_be_stopped(name: str) -> None:
     (command,) = COMPOSE["services"][name]["command"]
     assert command.startswith("trap 'exit 0' TERM QUIT INT; until [ -s /app/run/rendered/")
     number = getattr(signal, COMPOSE["services"][name].get("stop_signal", "SIGTERM"))
-    # A shell can't trap what is ignored when it begins, as SIGQUIT is in a shell's background jobs. In a container nothing is.
+    # A shell can't trap what is ignored when it begins, as SIGQUIT is in background jobs. In a container nothing is.
     waiting = subprocess.Popen(
         ["/bin/sh", "-c", command.replace("/app/", "/nowhere/")],
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
