@@ -34,6 +34,8 @@ OF_THE_IMAGE = (
     "build.sh",
     "config",
     "demo",
+    "docker-compose.cpu.yml",
+    "docker-compose.yml",
     "pyproject.toml",
     "requirements.lock",
     "scripts",
